@@ -1,0 +1,71 @@
+"""Every failure that albor explains to its user, each with its documented exit code.
+
+An `AlborError` reaches the terminal as a message, never as a traceback. Anything else that escapes is a
+bug in albor and is shown as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class AlborError(Exception):
+    """A failure that the user can act on. The message says what is wrong and what would help."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration, and what would be right.
+
+    `where` is `file:line` (or `command line`, for an override), empty when it is not known.
+    `key` is the dotted path (`model.hidden_size`), empty when the problem is the file itself.
+    """
+
+    key: str
+    message: str
+    remedy: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.where, self.key) if part)
+        text = f"{place}: {self.message}" if place else self.message
+        return f"{text}; {self.remedy}" if self.remedy else text
+
+
+class ConfigError(AlborError):
+    """The configuration or the command line is wrong; carries every problem that was found."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(AlborError):
+    """A source, a tokenizer or a token shard cannot be used."""
+
+
+class CheckpointError(AlborError):
+    """A checkpoint is missing, damaged, or belongs to something else."""
+
+
+class Diverged(AlborError):
+    """Loss or gradients stayed non-finite; the weights are those of the last good step."""
+
+    exit_code = 3
+
+
+class DoesNotFit(AlborError):
+    """The memory plan is larger than the device or the host."""
+
+    exit_code = 4
+
+
+class Interrupted(AlborError):
+    """A signal stopped the run after a checkpoint was written; the same command resumes it."""
+
+    exit_code = 75

@@ -1,0 +1,60 @@
+"""Allocates exactly the memory plan, once, and hands out its buffers as views.
+
+After this nothing of a tensor's size is allocated: the trainer works in these views.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from albor.architecture import Parameter
+from albor.memory.plan import MemoryPlan
+
+
+class Arena:
+    """One slab of bytes per place (device, pinned, host), and the plan's buffers as tensors in them.
+
+    With `poison`, every buffer is filled with NaN (integers: with their smallest value) when its life begins.
+    A kernel that reads what nobody wrote, or a lifetime that is too short, then shows in the result. It is for
+    tests, and for `initialise`: fresh memory is poisoned there in any case.
+    """
+
+    def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu", *, poison: bool = False):
+        self.plan = plan
+        self.device = torch.device(device)
+        self._poison = poison
+        self._phase_index = {phase: index for index, phase in enumerate(plan.phases)}
+        self.slabs = {
+            "device": torch.empty(plan.size("device"), dtype=torch.uint8, device=self.device),
+            "pinned": torch.empty(plan.size("pinned"), dtype=torch.uint8, pin_memory=self.device.type == "cuda"),
+            "host": torch.empty(plan.size("host"), dtype=torch.uint8),
+        }
+        self._views: dict[str, torch.Tensor] = {}
+        for buffer in plan.buffers:
+            dtype = getattr(torch, buffer.dtype)
+            data = self.slabs[buffer.place][buffer.offset : buffer.offset + buffer.nbytes]
+            self._views[buffer.name] = data.view(dtype).view(buffer.shape)
+        self._fill_newborn(0)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The buffer called `name`, in its planned shape and dtype."""
+        return self._views[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._views
+
+    def parameter(self, flat: str, parameter: Parameter) -> torch.Tensor:
+        """`parameter`'s elements in the flat buffer `flat` (weights, master, moments.first, ...), in its shape."""
+        return self[flat][parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
+
+    def enter(self, phase: str) -> None:
+        """Says that the run is now in `phase`; the step calls this at each border of the plan's phases."""
+        if self._poison:
+            self._fill_newborn(self._phase_index[phase])
+
+    def _fill_newborn(self, phase: int) -> None:
+        for buffer in self.plan.buffers:
+            if buffer.first != phase or (phase == 0 and not self._poison and buffer.group != "io"):
+                continue
+            view = self._views[buffer.name]
+            view.fill_(float("nan") if view.is_floating_point() else torch.iinfo(view.dtype).min)

@@ -1,0 +1,413 @@
+"""The memory plan: every buffer of a run, by name, with its place, its size and the phases it lives in.
+
+The plan is what `albor vram-estimate` prints, what `albor train` checks before it launches, and what
+`albor.memory.arena` allocates: there is nothing else to allocate from, so the three cannot disagree.
+Computing it needs no torch and no GPU, and takes milliseconds.
+
+A run walks the phases of `training_phases` in order, once per micro-batch up to `embed_backward`. Buffers
+whose lifetimes do not meet share memory; offsets are assigned here, and the peak is the arena's size.
+
+Letters in shapes: B sequences, T tokens of each, N = B * T, C hidden, F feed-forward, V vocabulary,
+H query heads, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+from albor.architecture import Architecture, block_name, round_up
+from albor.config import RunConfig
+
+Place = Literal["device", "pinned", "host"]
+Group = Literal["weights", "master", "moments", "gradients", "activations", "scratch", "logits", "io"]
+GROUPS: tuple[Group, ...] = (
+    "weights", "master", "moments", "gradients", "activations", "scratch", "logits", "io",
+)  # fmt: skip
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int64": 8}
+
+ALIGNMENT_BYTES = 256  # of every buffer; what CUDA's own allocator guarantees at least, and a multiple of AVX-512's
+ROW_CHUNK = 256  # tokens that elementwise arithmetic takes at a time on the torch path, to stay in the L2 cache
+QUERY_BLOCK = 256  # queries whose attention scores exist at one time on the torch path
+
+ACTIVATIONS = (
+    "input", "attention_rstd", "attention_normed", "qkv", "attention_out",
+    "middle", "mlp_rstd", "mlp_normed", "gate_up",
+)  # fmt: skip
+# What each recompute mode keeps of a block from its forward to its backward. SwiGLU's product is never kept:
+# its backward needs gate and up anyway, and emits the product again on the way.
+KEPT: dict[str, tuple[str, ...]] = {
+    "none": ACTIVATIONS,
+    "cheap": tuple(name for name in ACTIVATIONS if not name.endswith("_normed")),
+    "block": ("input",),
+}
+
+
+def training_phases(layers: int) -> tuple[str, ...]:
+    """The phases of a run in the order that the trainer enters them."""
+    return (
+        "initialise",
+        "embed",
+        *(f"forward.{layer:02d}" for layer in range(layers)),
+        "head",
+        *(f"backward.{layer:02d}" for layer in reversed(range(layers))),
+        "embed_backward",
+        "clip",
+        "optimize",
+        "evaluate",
+        "sample",
+        "checkpoint",
+    )
+
+
+INFERENCE_PHASES = ("evaluate", "sample")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One tensor of the plan. It holds data from phase `first` to phase `last`, both included."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    place: Place
+    group: Group
+    first: int
+    last: int
+    offset: int = 0  # bytes from the start of its place's arena
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor itself."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that it occupies in the arena, with alignment."""
+        return round_up(self.nbytes, ALIGNMENT_BYTES)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Buffers with offsets. Equal configurations give equal plans, on every machine."""
+
+    phases: tuple[str, ...]
+    buffers: tuple[Buffer, ...]
+    device: Literal["cpu", "cuda"]
+    compute_dtype: str
+    accumulator: Literal["cpu", "gpu"]
+    # Memory that PyTorch's operations take beside the arena within one call, by operation. Empty today: every
+    # operation of the torch path writes into planned buffers.
+    temporaries: dict[str, int] = field(default_factory=dict)
+
+    def size(self, place: Place) -> int:
+        """Bytes of one place's arena: the end of its last buffer."""
+        return max((b.offset + b.reserved for b in self.buffers if b.place == place), default=0)
+
+    @cached_property
+    def live_bytes(self) -> dict[str, int]:
+        """Bytes of device buffers that hold data, by phase."""
+        change = [0] * (len(self.phases) + 1)
+        for buffer in self.buffers:
+            if buffer.place == "device":
+                change[buffer.first] += buffer.reserved
+                change[buffer.last + 1] -= buffer.reserved
+        live, total = {}, 0
+        for phase, step in zip(self.phases, change, strict=False):
+            total += step
+            live[phase] = total
+        return live
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that holds the most; it sets the size of the arena."""
+        return max(self.live_bytes, key=lambda phase: self.live_bytes[phase])
+
+    def live_in(self, phase: str) -> list[Buffer]:
+        """Device buffers that hold data in `phase`, the largest first."""
+        index = self.phases.index(phase)
+        live = [b for b in self.buffers if b.place == "device" and b.first <= index <= b.last]
+        return sorted(live, key=lambda b: -b.reserved)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Device bytes by group in the peak phase; with `gaps` between buffers they sum to the arena's size."""
+        sums = dict.fromkeys(GROUPS, 0)
+        for buffer in self.live_in(self.peak_phase):
+            sums[buffer.group] += buffer.reserved
+        gaps = self.size("device") - sum(sums.values())
+        return {**sums, **({"gaps": gaps} if gaps else {})}
+
+
+class _Draft:
+    """Collects buffers under phase names, and then gives each its offset."""
+
+    def __init__(self, phases: tuple[str, ...], compute_dtype: str):
+        self.phases = phases
+        self.compute_dtype = compute_dtype
+        # Sums and norms of half-precision values are taken in fp32.
+        self.wide_dtype = "float64" if compute_dtype == "float64" else "float32"
+        self._index = {phase: i for i, phase in enumerate(phases)}
+        self._buffers: list[Buffer] = []
+
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        group: Group,
+        *,
+        first: str | None = None,
+        last: str | None = None,
+        dtype: str | None = None,
+        place: Place = "device",
+    ) -> None:
+        """A buffer that lives from phase `first` to phase `last`; without either, for the whole run."""
+        start = 0 if first is None else self._index[first]
+        end = (len(self.phases) - 1 if first is None else start) if last is None else self._index[last]
+        self._buffers.append(Buffer(name, shape, dtype or self.compute_dtype, place, group, start, end))
+
+    def placed(self) -> tuple[Buffer, ...]:
+        """The buffers with offsets: those of one lifetime lie side by side, and each such slab takes the lowest
+        room that is free for its whole life. Which slab goes first decides how tightly they pack; of two good
+        orders, the tighter one is taken.
+        """
+        offsets: dict[str, int] = {}
+        for place in ("device", "pinned", "host"):
+            slabs: dict[tuple[int, int], list[Buffer]] = {}
+            for buffer in self._buffers:
+                if buffer.place == place:
+                    slabs.setdefault((buffer.first, buffer.last), []).append(buffer)
+            sizes = {life: sum(b.reserved for b in members) for life, members in slabs.items()}
+            longest_first = sorted(sizes, key=lambda life: (life[0] - life[1], life))
+            largest_first = sorted(sizes, key=lambda life: (-sizes[life], life))
+            packings = [_pack(order, sizes) for order in (longest_first, largest_first)]
+            best = min(packings, key=lambda starts: max((starts[life] + sizes[life] for life in sizes), default=0))
+            for life, members in slabs.items():
+                offset = best[life]
+                for buffer in members:
+                    assert buffer.name not in offsets, f"two buffers are called {buffer.name}"
+                    offsets[buffer.name] = offset
+                    offset += buffer.reserved
+        return tuple(replace(buffer, offset=offsets[buffer.name]) for buffer in self._buffers)
+
+
+def _pack(order: Sequence[tuple[int, int]], sizes: dict[tuple[int, int], int]) -> dict[tuple[int, int], int]:
+    """First fit: each slab, in `order`, at the lowest offset that no slab of an overlapping lifetime holds."""
+    starts: dict[tuple[int, int], int] = {}
+    for first, last in order:
+        size, offset = sizes[first, last], 0
+        neighbours = ((starts[f, x], starts[f, x] + sizes[f, x]) for f, x in starts if f <= last and first <= x)
+        for start, end in sorted(neighbours):
+            if start - offset >= size:
+                break
+            offset = max(offset, end)
+        starts[first, last] = offset
+    return starts
+
+
+def plan_training(
+    config: RunConfig,
+    device: Literal["cpu", "cuda"],
+    compute_dtype: str,
+    accumulator: Literal["cpu", "gpu"] | None = None,
+) -> MemoryPlan:
+    """Every buffer that training `config` on `device` takes.
+
+    `compute_dtype` is what `albor.memory.devices.compute_dtype` resolves the precision to; float64 is for tests.
+    `accumulator` overrides the configured place, where `auto` has been resolved; `auto` itself plans for the host.
+    """
+    model = Architecture.from_config(config.model)
+    layers = model.num_hidden_layers
+    draft = _Draft(training_phases(layers), compute_dtype)
+    place = accumulator or ("gpu" if config.train.accumulator == "gpu" else "cpu")
+    rows = config.train.micro_batch_size * config.data.sequence_length
+    length = config.data.sequence_length
+    first_backward, last_backward = f"backward.{layers - 1:02d}", "backward.00"
+
+    _add_state(draft, model)
+    _add_gradients(draft, model, place, device)
+    _add_workspace(draft, model, length)
+
+    for name in ("tokens", "targets", "unique_tokens", "unique_index"):
+        draft.add(f"io.{name}", (rows,), "io", dtype="int64")  # (N,)
+    draft.add("io.losses", (rows,), "io", dtype=draft.wide_dtype)  # (N,)
+    draft.add("io.loss_sum", (1,), "io", dtype="float64")
+
+    # Forward and backward: what is kept per block, and what all blocks share.
+    kept = KEPT[config.train.recompute]
+    shapes = _activation_shapes(model, rows)
+    for layer in range(layers):
+        for name in kept:
+            _add_activation(
+                draft, f"{block_name(layer)}.{name}", shapes[name],
+                "embed" if layer == 0 and name == "input" else f"forward.{layer:02d}", f"backward.{layer:02d}",
+            )  # fmt: skip
+    for name in ACTIVATIONS:
+        if name not in kept:
+            _add_activation(draft, f"shared.{name}", shapes[name], "forward.00", last_backward)
+    wide, ffn = (rows, model.hidden_size), (rows, model.intermediate_size)
+    draft.add("shared.hidden", ffn, "scratch", first="forward.00", last=last_backward)  # (N, F)
+    draft.add("shared.delta", wide, "scratch", first="forward.00", last="head")  # (N, C)
+    draft.add("head.input", wide, "activations", first="head")  # (N, C)
+    draft.add("head.rstd", (rows,), "activations", first="head", dtype=draft.wide_dtype)  # (N,)
+    draft.add("head.normed", wide, "activations", first="head")  # (N, C)
+    draft.add("head.d_normed", wide, "scratch", first="head")  # (N, C)
+    _add_logits(draft, config, model, "head", rows, device)
+    draft.add("backward.d_x", wide, "scratch", first="head", last="embed_backward")  # (N, C)
+    for name, columns in (
+        ("d_hidden", model.intermediate_size),
+        ("d_normed", model.hidden_size),
+        ("d_attention", model.hidden_size),
+        ("d_qkv", model.qkv_size),
+    ):
+        draft.add(f"backward.{name}", (rows, columns), "scratch", first=first_backward, last=last_backward)
+    draft.add("backward.d_embedded", wide, "scratch", first="embed_backward", dtype=draft.wide_dtype)  # (N, C)
+    _add_inference(draft, config, model, rows, device, samples=bool(config.evaluate.prompts))
+    return MemoryPlan(draft.phases, draft.placed(), device, compute_dtype, place)
+
+
+def plan_inference(config: RunConfig, device: Literal["cpu", "cuda"], compute_dtype: str) -> MemoryPlan:
+    """Every buffer that evaluating and generating with a trained `config` takes."""
+    model = Architecture.from_config(config.model)
+    draft = _Draft(INFERENCE_PHASES, compute_dtype)
+    rows = config.train.micro_batch_size * config.data.sequence_length
+    draft.add("weights", (model.flat_size,), "weights")
+    _add_workspace(draft, model, config.data.sequence_length)
+    for name in ("tokens", "targets"):
+        draft.add(f"io.{name}", (rows,), "io", dtype="int64")  # (N,)
+    draft.add("io.losses", (rows,), "io", dtype=draft.wide_dtype)  # (N,)
+    draft.add("io.loss_sum", (1,), "io", dtype="float64")
+    _add_inference(draft, config, model, rows, device, samples=True)
+    return MemoryPlan(draft.phases, draft.placed(), device, compute_dtype, "cpu")
+
+
+def _add_state(draft: _Draft, model: Architecture) -> None:
+    """Weights and optimizer state: flat, one slice per block."""
+    draft.add("weights", (model.flat_size,), "weights")
+    if draft.compute_dtype in ("bfloat16", "float16"):
+        draft.add("master", (model.flat_size,), "master", dtype="float32")
+    for name in ("first", "second"):
+        draft.add(f"moments.{name}", (model.flat_size,), "moments", dtype=draft.wide_dtype)
+
+
+def _add_gradients(draft: _Draft, model: Architecture, accumulator: str, device: str) -> None:
+    """The sum over micro-batches in fp32, and the buffers that backward writes into on the device."""
+    place: Place = "device" if accumulator == "gpu" else "host"
+    draft.add("gradients.accumulator", (model.flat_size,), "gradients", dtype=draft.wide_dtype, place=place)
+    sizes = {block.name: block.size for block in model.blocks}
+    layers = model.num_hidden_layers
+    # Two, so that one can leave the device while the next block's backward fills the other.
+    for slot in range(min(2, layers)):
+        draft.add(
+            f"gradients.block.{slot}", (sizes[block_name(0)],), "gradients",
+            first=f"backward.{layers - 1:02d}", last="embed_backward",
+        )  # fmt: skip
+    draft.add("gradients.head", (sizes["head"],), "gradients", first="head", last="embed_backward")
+    # A tied matrix gets its gradient from the head first and from the embedding last.
+    draft.add("gradients.embedding", (sizes["embedding"],), "gradients", first="head", last="embed_backward")
+    if device == "cuda" and accumulator == "cpu":
+        largest = max(sizes.values())
+        draft.add("gradients.transfer", (largest,), "gradients", place="pinned")
+        draft.add("gradients.returned", (largest,), "gradients", dtype=draft.wide_dtype, first="optimize")
+        draft.add("gradients.return_staging", (largest,), "gradients", dtype=draft.wide_dtype, place="pinned")
+
+
+def _activation_shapes(model: Architecture, rows: int) -> dict[str, tuple[int, ...]]:
+    width = (rows, model.hidden_size)
+    return {
+        "input": width,  # (N, C) the residual stream before attention
+        "attention_rstd": (rows,),
+        "attention_normed": width,
+        "qkv": (rows, model.qkv_size),  # (N, (H + 2K) D), q and k rotated
+        "attention_out": width,  # (N, H D)
+        "middle": width,  # (N, C) the residual stream before the feed-forward layer
+        "mlp_rstd": (rows,),
+        "mlp_normed": width,
+        "gate_up": (rows, 2 * model.intermediate_size),  # (N, 2F), overwritten by its gradient
+    }
+
+
+def _add_activation(draft: _Draft, name: str, shape: tuple[int, ...], first: str, last: str) -> None:
+    # A norm's reciprocal root mean square, one per token, stays wide.
+    dtype = draft.wide_dtype if name.endswith("rstd") else None
+    draft.add(name, shape, "activations", first=first, last=last, dtype=dtype)
+
+
+def head_chunk_tokens(config: RunConfig, device: str) -> int:
+    """Tokens whose logits exist at one time."""
+    rows = config.train.micro_batch_size * config.data.sequence_length
+    # 256 rows keep a chunk in a CPU's L3 cache; a GPU wants GEMMs of a few thousand rows.
+    return min(config.train.head_chunk_tokens or (256 if device == "cpu" else 4096), rows)
+
+
+def _add_logits(draft: _Draft, config: RunConfig, model: Architecture, phase: str, rows: int, device: str) -> None:
+    chunk = min(head_chunk_tokens(config, device), rows)
+    draft.add(f"{phase}.logits", (chunk, model.vocab_size), "logits", first=phase)  # (chunk, V)
+    if draft.compute_dtype != draft.wide_dtype:
+        draft.add(f"{phase}.probabilities", (chunk, model.vocab_size), "logits", first=phase, dtype=draft.wide_dtype)
+
+
+def _add_workspace(draft: _Draft, model: Architecture, length: int) -> None:
+    """Small scratch of the torch path, shared by all phases; its sizes do not depend on the micro-batch."""
+    queries = min(QUERY_BLOCK, length)
+    kv_heads, group = model.num_key_value_heads, model.num_attention_heads // model.num_key_value_heads
+    half = model.head_dim // 2
+    for name in ("cos", "sin"):
+        draft.add(f"rotary.{name}", (model.max_position_embeddings, half), "scratch")  # (positions, D/2)
+    for slot in range(3):
+        draft.add(f"workspace.wide.{slot}", (ROW_CHUNK, model.hidden_size), "scratch", dtype=draft.wide_dtype)
+    draft.add("workspace.weight_gradient", (model.hidden_size,), "scratch", dtype=draft.wide_dtype)
+    draft.add("workspace.feed_forward", (ROW_CHUNK, model.intermediate_size), "scratch")
+    draft.add("workspace.rotated", (ROW_CHUNK, model.num_attention_heads + kv_heads, half), "scratch")
+    for name in ("scores", "d_scores"):
+        draft.add(f"workspace.{name}", (kv_heads, group * queries, length), "scratch")
+    for name in ("query", "d_query", "d_out"):
+        draft.add(f"workspace.{name}", (kv_heads, group, queries, model.head_dim), "scratch")
+    draft.add("workspace.causal_mask", (queries, queries), "scratch")
+    draft.add("workspace.d_key", (kv_heads, length, model.head_dim), "scratch")
+    if length > queries:  # several query blocks add to one key's gradient: that sum is taken wide
+        for name in ("d_key_sum", "d_value_sum", "d_key_wide"):
+            draft.add(f"workspace.{name}", (kv_heads, length, model.head_dim), "scratch", dtype=draft.wide_dtype)
+
+
+def _add_inference(
+    draft: _Draft, config: RunConfig, model: Architecture, rows: int, device: str, *, samples: bool
+) -> None:
+    """Evaluation runs block after block through one set of activations; sampling keeps keys and values."""
+    for name, shape in _activation_shapes(model, rows).items():
+        _add_activation(draft, f"evaluate.{name}", shape, "evaluate", "evaluate")
+    for name, columns in (("hidden", model.intermediate_size), ("delta", model.hidden_size)):
+        draft.add(f"evaluate.{name}", (rows, columns), "scratch", first="evaluate")
+    _add_logits(draft, config, model, "evaluate", rows, device)
+    if samples:
+        _add_sampling(draft, model)
+
+
+def _add_sampling(draft: _Draft, model: Architecture) -> None:
+    context, head_dim = model.max_position_embeddings, model.head_dim
+    cache = (model.num_hidden_layers, 2, model.num_key_value_heads, context, head_dim)
+    draft.add("sample.cache", cache, "activations", first="sample")  # (L, 2, K, S, D)
+    chunk = min(ROW_CHUNK, context)  # tokens of a prompt that are read at a time
+    for name, columns in (
+        ("stream", model.hidden_size),
+        ("normed", model.hidden_size),
+        ("delta", model.hidden_size),
+        ("qkv", model.qkv_size),
+        ("attention_out", model.hidden_size),
+        ("gate_up", 2 * model.intermediate_size),
+        ("hidden", model.intermediate_size),
+    ):
+        draft.add(f"sample.{name}", (chunk, columns), "scratch", first="sample")
+    draft.add("sample.rstd", (chunk,), "scratch", first="sample", dtype=draft.wide_dtype)
+    kv_heads, group = model.num_key_value_heads, model.num_attention_heads // model.num_key_value_heads
+    draft.add("sample.scores", (kv_heads, group * chunk, context), "scratch", first="sample")
+    draft.add("sample.query", (kv_heads, group, chunk, head_dim), "scratch", first="sample")
+    draft.add("sample.logits", (1, model.vocab_size), "logits", first="sample")  # (1, V)
+
+
+def peak_buffers(plan: MemoryPlan, count: int = 3) -> Sequence[Buffer]:
+    """The largest buffers of the peak phase."""
+    return plan.live_in(plan.peak_phase)[:count]

@@ -189,12 +189,17 @@ def linear_forward(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> 
     torch.mm(x, weight.t(), out=out)
 
 
-def linear_backward(
-    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, d_x: torch.Tensor, d_weight: torch.Tensor
-) -> None:
-    """d_x = d_out @ weight, d_weight = d_out^T @ x."""
-    torch.mm(d_out.t(), x, out=d_weight)
+def linear_backward_input(d_out: torch.Tensor, weight: torch.Tensor, d_x: torch.Tensor) -> None:
+    """d_x = d_out @ weight. d_out (N, out), weight (out, in), d_x (N, in)."""
     torch.mm(d_out, weight, out=d_x)
+
+
+def linear_backward_weight(d_out: torch.Tensor, x: torch.Tensor, d_weight: torch.Tensor, *, add: bool = False) -> None:
+    """d_weight = d_out^T @ x; with `add`, += that. d_out (N, out), x (N, in), d_weight (out, in)."""
+    if add:
+        torch.addmm(d_weight, d_out.t(), x, out=d_weight)
+    else:
+        torch.mm(d_out.t(), x, out=d_weight)
 
 
 # Rotary positions (Su et al. 2021, arXiv:2104.09864), in Hugging Face's layout: the two halves of a head pair up
@@ -398,7 +403,7 @@ def cross_entropy(
     counted = targets != IGNORED
     index = targets.clamp(min=0).unsqueeze(1)
     # logsumexp(z) = max(z) - log(max(softmax(z))): exact where the target's own probability would underflow.
-    above = (logits.amax(-1) - logits.gather(1, index).squeeze(1)).to(wide.dtype)
+    above = logits.amax(-1).to(wide.dtype) - logits.gather(1, index).squeeze(1)
     if probabilities is not None:
         probabilities.copy_(logits)
     torch.softmax(wide, -1, out=wide)

@@ -225,7 +225,8 @@ def plan_training(
     place = accumulator or ("gpu" if config.train.accumulator == "gpu" else "cpu")
     rows = config.train.micro_batch_size * config.data.sequence_length
     length = config.data.sequence_length
-    first_backward, last_backward = f"backward.{layers - 1:02d}", "backward.00"
+    last_forward, first_backward = f"forward.{layers - 1:02d}", f"backward.{layers - 1:02d}"
+    last_backward = "backward.00"
 
     _add_state(draft, model)
     _add_gradients(draft, model, place, device)
@@ -236,7 +237,7 @@ def plan_training(
     draft.add("io.losses", (rows,), "io", dtype=draft.wide_dtype)  # (N,)
     draft.add("io.loss_sum", (1,), "io", dtype="float64")
 
-    # Forward and backward: what is kept per block, and what all blocks share.
+    # Forward and backward: what is kept per block, and what all blocks share while they run.
     kept = KEPT[config.train.recompute]
     shapes = _activation_shapes(model, rows)
     for layer in range(layers):
@@ -247,10 +248,15 @@ def plan_training(
             )  # fmt: skip
     for name in ACTIVATIONS:
         if name not in kept:
-            _add_activation(draft, f"shared.{name}", shapes[name], "forward.00", last_backward)
+            # The last block's residual stream goes on into the head.
+            end = "head" if name == "middle" else last_forward
+            _add_activation(draft, f"forward.{name}", shapes[name], "forward.00", end)
+            _add_activation(draft, f"backward.{name}", shapes[name], first_backward, last_backward)
     wide, ffn = (rows, model.hidden_size), (rows, model.intermediate_size)
-    draft.add("shared.hidden", ffn, "scratch", first="forward.00", last=last_backward)  # (N, F)
-    draft.add("shared.delta", wide, "scratch", first="forward.00", last="head")  # (N, C)
+    draft.add("forward.hidden", ffn, "scratch", first="forward.00", last=last_forward)  # (N, F)
+    draft.add("forward.delta", wide, "scratch", first="forward.00", last="head")  # (N, C)
+    draft.add("backward.hidden", ffn, "scratch", first=first_backward, last=last_backward)  # (N, F)
+    draft.add("backward.delta", wide, "scratch", first=first_backward, last=last_backward)  # (N, C)
     draft.add("head.input", wide, "activations", first="head")  # (N, C)
     draft.add("head.rstd", (rows,), "activations", first="head", dtype=draft.wide_dtype)  # (N,)
     draft.add("head.normed", wide, "activations", first="head")  # (N, C)
@@ -307,7 +313,8 @@ def _add_gradients(draft: _Draft, model: Architecture, accumulator: str, device:
         )  # fmt: skip
     draft.add("gradients.head", (sizes["head"],), "gradients", first="head", last="embed_backward")
     # A tied matrix gets its gradient from the head first and from the embedding last.
-    draft.add("gradients.embedding", (sizes["embedding"],), "gradients", first="head", last="embed_backward")
+    begin = "head" if model.tie_word_embeddings else "embed_backward"
+    draft.add("gradients.embedding", (sizes["embedding"],), "gradients", first=begin, last="embed_backward")
     if device == "cuda" and accumulator == "cpu":
         largest = max(sizes.values())
         draft.add("gradients.transfer", (largest,), "gradients", place="pinned")

@@ -1,0 +1,1 @@
+"""Training: the step, its cadence, and what is seen of it."""

@@ -1,0 +1,272 @@
+"""Token shards: documents as `.npy` arrays of ids with a manifest, and the stream that reads them as one.
+
+    manifest.json       format, dtype, vocabulary, tokenizer, counts; SHA-256 and length of every file below
+    tokens-00000.npy    (n,) uint16 or uint32: every document's ids, each followed by the end-of-document id
+    documents.npy       (documents + 1,) int64: where each document starts in the stream, and the stream's end
+
+Ids are checked against the vocabulary before they are narrowed to the file's dtype, and again when they are
+read, so an id that wrapped around, or that the embedding has no row for, cannot reach a model.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from albor.data.cache import file_sha256
+from albor.errors import DataError
+
+FORMAT = 1
+SHARD_TOKENS = 100_000_000
+_MANIFEST = "manifest.json"
+_DOCUMENTS = "documents.npy"
+_SCANNED_TOKENS = 1 << 24  # tokens that a check of a whole shard looks at in one go
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest unsigned dtype that holds every id of the vocabulary."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+class ShardWriter:
+    """Writes one stream into an empty directory; without `close` there is no manifest, and so no stream."""
+
+    def __init__(
+        self, directory: Path, vocab_size: int, tokenizer_sha256: str, shard_tokens: int = SHARD_TOKENS
+    ):
+        self._directory = directory
+        self._vocab_size = vocab_size
+        self._tokenizer_sha256 = tokenizer_sha256
+        self._shard_tokens = shard_tokens
+        self._dtype = token_dtype(vocab_size)
+        self._shards: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
+        self._in_shard = 0
+        self._documents = array("q", [0])
+        self._text_bytes = 0
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Appends one document: its ids with the end-of-document id, (n,) of any integer dtype."""
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise DataError(f"token ids must be a vector of integers, not {ids.dtype} of shape {ids.shape}")
+        if ids.size and (ids.min() < 0 or ids.max() >= self._vocab_size):
+            raise DataError(
+                f"token ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {self._vocab_size}"
+            )
+        narrow = ids.astype(self._dtype)
+        start = 0
+        while start < len(narrow):
+            if self._file is None:
+                self._file = open(self._path(len(self._shards)), "wb")  # noqa: SIM115 (it outlives this call)
+                self._write_header(self._file, self._shard_tokens)
+            taken = narrow[start : start + self._shard_tokens - self._in_shard]
+            self._file.write(taken.tobytes())
+            self._in_shard += len(taken)
+            start += len(taken)
+            if self._in_shard == self._shard_tokens:
+                self._finish_shard()
+        self._documents.append(self._documents[-1] + len(narrow))
+        self._text_bytes += text_bytes
+
+    def close(self) -> None:
+        """Completes the stream; the manifest comes last."""
+        if self._file is not None:
+            self._finish_shard()
+        documents_path = self._directory / _DOCUMENTS
+        np.save(documents_path, np.array(self._documents, dtype=np.int64))
+        manifest = {
+            "format": FORMAT,
+            "dtype": self._dtype.name,
+            "vocab_size": self._vocab_size,
+            "tokenizer_sha256": self._tokenizer_sha256,
+            "documents": len(self._documents) - 1,
+            "documents_sha256": file_sha256(documents_path),
+            "text_bytes": self._text_bytes,
+            "tokens": self._documents[-1],
+            "shards": self._shards,
+        }
+        (self._directory / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"tokens-{number:05d}.npy"
+
+    def _write_header(self, file: IO[bytes], tokens: int) -> None:
+        # NumPy pads the header so that a longer first axis still fits: rewriting it with the true length is
+        # safe.
+        header = {"descr": self._dtype.newbyteorder("<").str, "fortran_order": False, "shape": (tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self._write_header(self._file, self._in_shard)
+        self._file.close()
+        self._file = None
+        path = self._path(len(self._shards))
+        self._shards.append({"file": path.name, "tokens": self._in_shard, "sha256": file_sha256(path)})
+        self._in_shard = 0
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    sha256: str
+    tokens: np.ndarray  # (n,), mapped from the file
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The tokens of one or more shard directories as one long vector, read from mapped files."""
+
+    vocab_size: int
+    tokenizer_sha256: str
+    text_bytes: int
+    document_offsets: np.ndarray  # (documents + 1,) int64
+    _shards: tuple[_Shard, ...]
+    _ends: tuple[int, ...]  # where each shard ends in the stream
+
+    @staticmethod
+    def open(directory: Path, verify: Literal["hash", "size"] = "hash") -> TokenStream:
+        """The stream in `directory`. Lengths are always verified; "hash" also reads every file once, compares
+        its SHA-256 and checks every id. Raises DataError that names the file which is not what was written.
+        """
+        manifest = _read_manifest(directory)
+        try:
+            dtype = token_dtype(manifest["vocab_size"])
+            if manifest["dtype"] != dtype.name:
+                raise DataError(f"{directory / _MANIFEST} names dtype {manifest['dtype']}, not {dtype.name}")
+            shards = tuple(
+                _Shard(
+                    directory / entry["file"],
+                    entry["sha256"],
+                    _map(directory / entry["file"], dtype, entry["tokens"]),
+                )
+                for entry in manifest["shards"]
+            )
+            documents_path = directory / _DOCUMENTS
+            offsets = _map(documents_path, np.dtype(np.int64), manifest["documents"] + 1)
+            if verify == "hash":
+                _verify_hash(documents_path, manifest["documents_sha256"])
+                for shard in shards:
+                    _verify_hash(shard.path, shard.sha256)
+                    for start in range(0, len(shard.tokens), _SCANNED_TOKENS):
+                        part = shard.tokens[start : start + _SCANNED_TOKENS]
+                        _verify_ids(part, manifest["vocab_size"], shard.path)
+            stream = TokenStream._over(
+                shards, manifest["vocab_size"], manifest["tokenizer_sha256"], manifest["text_bytes"], offsets
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{directory / _MANIFEST} is damaged ({error!r}); {_REMEDY}") from error
+        if len(stream) != manifest["tokens"] or offsets[-1] != len(stream):
+            raise DataError(f"{directory / _MANIFEST} does not agree with its shards' lengths; {_REMEDY}")
+        return stream
+
+    @staticmethod
+    def join(streams: Sequence[TokenStream]) -> TokenStream:
+        """The streams one after the other; they must come from the same tokenizer."""
+        first = streams[0]
+        if any(stream.tokenizer_sha256 != first.tokenizer_sha256 for stream in streams):
+            raise DataError("token streams of different tokenizers cannot be joined")
+        starts = np.cumsum([0] + [len(stream) for stream in streams])
+        offsets = [
+            stream.document_offsets[:-1] + start for stream, start in zip(streams, starts, strict=False)
+        ]
+        return TokenStream._over(
+            tuple(shard for stream in streams for shard in stream._shards),
+            first.vocab_size,
+            first.tokenizer_sha256,
+            sum(stream.text_bytes for stream in streams),
+            np.concatenate([*offsets, starts[-1:]]),
+        )
+
+    @staticmethod
+    def _over(
+        shards: tuple[_Shard, ...], vocab_size: int, tokenizer: str, text_bytes: int, offsets: np.ndarray
+    ) -> TokenStream:
+        ends = np.cumsum([len(shard.tokens) for shard in shards], dtype=np.int64)
+        return TokenStream(vocab_size, tokenizer, text_bytes, offsets, shards, tuple(ends.tolist()))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_offsets) - 1
+
+    @property
+    def sha256(self) -> str:
+        """Names the content: equal for equal shards in equal order, wherever they lie."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self._shards).encode()).hexdigest()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens `start` to `start + count`, (count,) in the file's dtype, across shard borders."""
+        if start < 0 or count < 0 or start + count > len(self):
+            raise IndexError(f"tokens {start} to {start + count} of a stream of {len(self)}")
+        parts = []
+        index = bisect.bisect_right(self._ends, start)
+        while count:
+            shard = self._shards[index]
+            offset = start - (self._ends[index] - len(shard.tokens))
+            part = shard.tokens[offset : offset + count]
+            _verify_ids(part, self.vocab_size, shard.path)
+            parts.append(part)
+            start, count, index = start + len(part), count - len(part), index + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=token_dtype(self.vocab_size))
+
+
+_REMEDY = "remove the directory and prepare the data again"
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / _MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{directory} holds no token shards: {_MANIFEST} is missing") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged; {_REMEDY}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise DataError(f"{path} has format {found}, this albor reads format {FORMAT}; {_REMEDY}")
+    return manifest
+
+
+def _map(path: Path, dtype: np.dtype[Any], length: int) -> np.ndarray:
+    """The vector in a `.npy` file, mapped, if the file holds exactly that."""
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; {_REMEDY}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}); {_REMEDY}") from error
+    if values.dtype != dtype:
+        raise DataError(f"{path} holds {values.dtype}, expected {dtype}; {_REMEDY}")
+    if values.shape != (length,) or size != values.offset + values.nbytes:
+        raise DataError(f"{path} holds {values.shape} values in {size} bytes, expected {length}; {_REMEDY}")
+    return np.asarray(values)  # a plain view: slicing a memmap object costs several times as much
+
+
+def _verify_hash(path: Path, sha256: str) -> None:
+    if file_sha256(path) != sha256:
+        raise DataError(f"{path} is not the file that was written (its SHA-256 differs); {_REMEDY}")
+
+
+def _verify_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
+    if ids.size and ids.max() >= vocab_size:
+        raise DataError(
+            f"{path} holds token id {ids.max()}, the vocabulary ends at {vocab_size - 1}; {_REMEDY}"
+        )

@@ -8,73 +8,20 @@ Model keys have the names that Hugging Face's `LlamaConfig` gives them.
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field
 
 from albor.errors import Problem
+from albor.units import Bytes, Count, CountOrZero
 
-_SUFFIXES = {
-    "": 1,
-    **{"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12},
-    **{"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40},
-}
-_SIZE_SUFFIXES = {
-    "": 1,
-    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
-    **{"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40},
-}
-_HUMAN = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
-
-
-def _parse_human(value: Any, suffixes: dict[str, int], example: str) -> Any:
-    """`value` as an int where it is a number with one of `suffixes`; anything else is for pydantic to refuse."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)  # 1e6 is a float in YAML, and a perfectly clear count
-    if not isinstance(value, str):
-        return value
-    match = _HUMAN.fullmatch(value)
-    factor = suffixes.get(match.group(2).upper()) if match else None
-    if match is None or factor is None:
-        raise ValueError(f"{value!r} is not a number that is understood here; write for example {example}")
-    digits = match.group(1).replace("_", "")
-    exact = float(digits) * factor if re.search(r"[.eE]", digits) else int(digits) * factor
-    if isinstance(exact, float):
-        if not exact.is_integer():
-            raise ValueError(f"{value!r} is not a whole number; write for example {example}")
-        exact = int(exact)
-    return exact
-
-
-def parse_count(value: Any) -> Any:
-    """A count of things: `20000`, `20_000`, `20K` (20,000), `2B` (2,000,000,000), `64Ki` (65,536)."""
-    return _parse_human(value, _SUFFIXES, "20000, 20K or 2B")
-
-
-def parse_bytes(value: Any) -> Any:
-    """A number of bytes: `200MB` (200,000,000), `24GiB` (24 x 2^30), or a plain number of bytes."""
-    return _parse_human(value, _SIZE_SUFFIXES, "200MB or 24GiB")
-
-
-def _human_schema(pattern: str, minimum: int) -> WithJsonSchema:
-    return WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": minimum}, {"type": "string", "pattern": pattern}]}
-    )
-
-
-_COUNT_PATTERN = r"^[0-9][0-9_]*(\.[0-9]+)?([eE][+-]?[0-9]+)? ?([KMGT]i?|B)?$"
-_BYTES_PATTERN = r"^[0-9][0-9_]*(\.[0-9]+)? ?([KMGT]i?)?B?$"
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1), _human_schema(_COUNT_PATTERN, 1)]
-CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0), _human_schema(_COUNT_PATTERN, 0)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1), _human_schema(_BYTES_PATTERN, 1)]
+Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A frozen group of keys. Strict: no bool for a number, no number for a string, no key that is not here."""
+    """A frozen group of keys. Strict: no bool for a number, no number for text, no key that is not here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -85,7 +32,9 @@ class ModelConfig(Section):
     hidden_size: Count = Field(description="Width of the residual stream.")
     intermediate_size: Count = Field(description="Width of the feed-forward layer (SwiGLU).")
     num_hidden_layers: Count = Field(description="Number of transformer blocks.")
-    num_attention_heads: Count = Field(description="Number of query heads; the head width is hidden_size / this.")
+    num_attention_heads: Count = Field(
+        description="Number of query heads; the head width is hidden_size / this."
+    )
     num_key_value_heads: Count | None = Field(
         None, description="Number of key/value heads (grouped-query attention); null: as many as query heads."
     )
@@ -98,26 +47,32 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = Field(True, description="Use the embedding matrix as the output head too.")
     initializer_range: Positive = Field(
         0.02,
-        description="Standard deviation of the initial weights; the two projections that write to the residual "
-        "stream get this divided by sqrt(2 * num_hidden_layers).",
+        description="Standard deviation of the initial weights; the two projections that write to the "
+        "residual stream get this divided by sqrt(2 * num_hidden_layers).",
     )
 
 
 class TokenizerConfig(Section):
     """Where the tokenizer comes from."""
 
-    kind: Literal["sentencepiece"] = Field("sentencepiece", description="SentencePiece BPE with byte fallback.")
-    path: str | None = Field(
+    kind: Literal["sentencepiece"] = Field(
+        "sentencepiece", description="SentencePiece BPE with byte fallback."
+    )
+    path: Text | None = Field(
         None, description="A SentencePiece .model file to use as it is; null: train one on the data."
     )
     sample_bytes: Bytes = Field(
-        200_000_000, description="How much text the tokenizer is trained on at most, drawn evenly over the data."
+        200_000_000,
+        description="How much text the tokenizer is trained on at most, drawn evenly over the data.",
     )
 
 
 class _SourceConfig(Section):
+    kind: str  # narrowed by each source; stands here so that it is a source's first key
     weight: Positive = Field(1.0, description="Share of the training tokens, relative to the other sources.")
-    max_bytes: Bytes | None = Field(None, description="Read at most this much text from the source; null: all.")
+    max_bytes: Bytes | None = Field(
+        None, description="Read at most this much text from the source; null: all."
+    )
 
 
 class PythonStdlibSource(_SourceConfig):
@@ -130,34 +85,38 @@ class FilesSource(_SourceConfig):
     """Text or code files, one document each."""
 
     kind: Literal["files"]
-    path: str = Field(description="A file, a folder (read recursively), or a glob such as corpus/**/*.txt.")
+    path: Text = Field(description="A file, a folder (read recursively), or a glob such as corpus/**/*.txt.")
 
 
 class JsonlSource(_SourceConfig):
     """Files with one JSON object per line (.jsonl, .jsonl.gz), one document each line."""
 
     kind: Literal["jsonl"]
-    path: str = Field(description="A file, a folder (read recursively), or a glob such as corpus/*.jsonl.gz.")
-    text_key: str = Field("text", description="The key of each object that holds the document's text.")
+    path: Text = Field(
+        description="A file, a folder (read recursively), or a glob such as corpus/*.jsonl.gz."
+    )
+    text_key: Text = Field("text", description="The key of each object that holds the document's text.")
 
 
 class ParquetSource(_SourceConfig):
     """Parquet files, one document per row (needs the `hf` extra, for pyarrow)."""
 
     kind: Literal["parquet"]
-    path: str = Field(description="A file, a folder (read recursively), or a glob such as corpus/*.parquet.")
-    text_key: str = Field("text", description="The column that holds the document's text.")
+    path: Text = Field(description="A file, a folder (read recursively), or a glob such as corpus/*.parquet.")
+    text_key: Text = Field("text", description="The column that holds the document's text.")
 
 
 class HubSource(_SourceConfig):
     """A data set of the Hugging Face hub, or a local folder of one, streamed (needs the `hf` extra)."""
 
     kind: Literal["hf"]
-    path: str = Field(description="The data set's name on the hub, such as HuggingFaceFW/fineweb-edu.")
-    subset: str | None = Field(None, description="The data set's configuration, such as sample-10BT.")
-    split: str = Field("train", description="The split to read.")
-    revision: str | None = Field(None, description="Commit of the data set, so that a later run reads the same.")
-    text_key: str = Field("text", description="The column that holds the document's text.")
+    path: Text = Field(description="The data set's name on the hub, such as HuggingFaceFW/fineweb-edu.")
+    subset: Text | None = Field(None, description="The data set's configuration, such as sample-10BT.")
+    split: Text = Field("train", description="The split to read.")
+    revision: Text | None = Field(
+        None, description="Commit of the data set, so that a later run reads the same."
+    )
+    text_key: Text = Field("text", description="The column that holds the document's text.")
 
 
 Source = Annotated[
@@ -181,7 +140,7 @@ class DataConfig(Section):
     max_epochs: Positive = Field(
         4.0, description="How often any source may be repeated; a run that would need more is refused."
     )
-    cache_dir: str = Field("data", description="Where tokenizers and token shards are kept, by content.")
+    cache_dir: Text = Field("data", description="Where tokenizers and token shards are kept, by content.")
 
 
 class OptimizerConfig(Section):
@@ -197,7 +156,8 @@ class OptimizerConfig(Section):
         0.1, description="Decoupled decay, on matrices only (never on norms)."
     )
     grad_clip: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Largest global gradient norm; a larger gradient is scaled down to it. 0: no clipping."
+        1.0,
+        description="Largest global gradient norm; a larger gradient is scaled down to it. 0: no clipping.",
     )
 
 
@@ -225,40 +185,52 @@ class TrainConfig(Section):
     )
     micro_batch_size: Count = Field(4, description="Sequences per forward and backward pass.")
     gradient_accumulation_steps: Count = Field(
-        1, description="Micro-batches per optimizer step; tokens per step are this x micro_batch_size x sequence_length."
+        1,
+        description="Micro-batches per optimizer step; tokens per step are this x micro_batch_size x "
+        "sequence_length.",
     )
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16",
-        description="What the arithmetic runs in; master weights and moments are fp32 in any case. A CPU without "
-        "bf16 instructions computes bf16 runs in fp32, and says so.",
+        description="What the arithmetic runs in; master weights and moments are fp32 in any case. A CPU "
+        "without bf16 instructions computes bf16 runs in fp32, and says so.",
     )
     accumulator: Literal["cpu", "gpu", "auto"] = Field(
         "cpu",
-        description="Where gradients are summed in fp32: in host memory block by block, on the device, or on the "
-        "device where the plan says that it fits.",
+        description="Where gradients are summed in fp32: in host memory block by block, on the device, or "
+        "on the device where the plan says that it fits.",
     )
     recompute: Literal["none", "cheap", "block"] = Field(
         "none",
-        description="What backward computes again instead of keeping it: nothing, the norms, or the whole block.",
+        description="What backward computes again rather than keep: nothing, the norms, or the whole block.",
     )
     head_chunk_tokens: Count | None = Field(
         None, description="Tokens whose logits exist at one time; null: 256 on the CPU, 4096 on a GPU."
     )
     max_skipped_steps: Count = Field(
-        5, description="Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."
+        5,
+        description="Steps in a row that may be skipped for a non-finite loss or norm; then the run stops.",
     )
 
 
 class EvaluateConfig(Section):
     """Validation and samples during training."""
 
-    every_steps: Count = Field(500, description="Steps between evaluations; the last step is always evaluated.")
+    every_steps: Count = Field(
+        500, description="Steps between evaluations; the last step is always evaluated."
+    )
     batches: Count = Field(64, description="Micro-batches of held-out text per evaluation, at most.")
     prompts: tuple[str, ...] = Field(
-        (), strict=False, description="Texts that the model continues after each evaluation; empty: no samples."
+        (),
+        strict=False,
+        description="Texts that the model continues after each evaluation; empty: no samples.",
+    )
+    final_batches: Count = Field(
+        512, description="Micro-batches of held-out text in the report at the end of the run, at most."
     )
     sample_tokens: Count = Field(64, description="Tokens that each sample is long, at most.")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="Sampling temperature; 0: the likeliest token.")
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        0.8, description="Sampling temperature; 0: the likeliest token."
+    )
 
 
 class CheckpointConfig(Section):
@@ -280,9 +252,13 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = Field(
         description="The run's name, and its directory below runs_dir."
     )
-    runs_dir: str = Field("runs", description="Directory of all runs, relative to the current directory.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(1337, description="All randomness follows from this number.")
-    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="Where to train; auto: CUDA if there is a GPU.")
+    runs_dir: Text = Field("runs", description="Directory of all runs, relative to the current directory.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        1337, description="All randomness follows from this number."
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="Where to train; auto: CUDA if there is a GPU."
+    )
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
@@ -296,7 +272,9 @@ class RunConfig(Section):
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step reads."""
-        return self.train.micro_batch_size * self.train.gradient_accumulation_steps * self.data.sequence_length
+        return (
+            self.train.micro_batch_size * self.train.gradient_accumulation_steps * self.data.sequence_length
+        )
 
     @property
     def steps(self) -> int:
@@ -309,60 +287,74 @@ class RunConfig(Section):
 
 def check_algebra(config: RunConfig) -> list[Problem]:
     """What is wrong between keys that are each fine by themselves: heads that do not divide, a warm-up longer
-    than the run, a horizon given twice. Returns every problem; `key` names the key that a person would change.
+    than the run, a horizon given twice. Returns every problem; its `key` is the one a person would change.
     """
     problems: list[Problem] = []
     model, train, data, schedule = config.model, config.train, config.data, config.schedule
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
 
-    def refuse(key: str, message: str, remedy: str) -> None:
-        problems.append(Problem(key, message, remedy))
+    def refuse(keys: str, message: str, remedy: str) -> None:
+        key, *related = keys.split()
+        problems.append(Problem(key, message, remedy, related=tuple(related)))
 
     if model.hidden_size % heads:
         below = heads * (model.hidden_size // heads)
         refuse(
-            "model.hidden_size",
+            "model.hidden_size model.num_attention_heads",
             f"{model.hidden_size} does not divide into {heads} heads (num_attention_heads)",
             f"use {below + heads}" + (f" or {below}" if below else ""),
         )
     elif (model.hidden_size // heads) % 2:
         refuse(
-            "model.num_attention_heads",
+            "model.num_attention_heads model.hidden_size",
             f"the head width {model.hidden_size} / {heads} = {model.hidden_size // heads} is odd, "
             "and rotary positions turn pairs",
             "choose a number of heads that makes hidden_size / num_attention_heads even",
         )
     if heads % kv_heads:
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        divisors = [n for n in range(1, min(heads, 1024) + 1) if heads % n == 0]
         refuse(
-            "model.num_key_value_heads",
+            "model.num_key_value_heads model.num_attention_heads",
             f"{heads} query heads cannot share {kv_heads} key/value heads evenly",
             f"use one of {', '.join(map(str, divisors))}",
         )
     if data.sequence_length > model.max_position_embeddings:
         refuse(
-            "data.sequence_length",
-            f"{data.sequence_length} is longer than model.max_position_embeddings ({model.max_position_embeddings})",
+            "data.sequence_length model.max_position_embeddings",
+            f"{data.sequence_length} is longer than model.max_position_embeddings, "
+            f"{model.max_position_embeddings}",
             f"set model.max_position_embeddings to at least {data.sequence_length}",
         )
     if (train.max_steps is None) == (train.max_tokens is None):
         given = "both are given" if train.max_steps is not None else "neither is given"
-        refuse("train.max_steps", f"the run's length is train.max_steps or train.max_tokens, and {given}", "give one")
-    elif schedule.warmup_steps >= config.steps:
         refuse(
-            "schedule.warmup_steps",
-            f"a warm-up of {schedule.warmup_steps} steps does not end within the run's {config.steps}",
+            "train.max_steps train.max_tokens",
+            f"the run's length is train.max_steps or train.max_tokens, and {given}",
+            "set one of them to null" if train.max_steps is not None else "give one",
+        )
+    elif schedule.warmup_steps >= config.steps:
+        tokens = (
+            "train.max_tokens train.micro_batch_size train.gradient_accumulation_steps data.sequence_length"
+        )
+        horizon = "train.max_steps" if train.max_steps is not None else tokens
+        refuse(
+            f"schedule.warmup_steps {horizon}",
+            f"a warm-up of {schedule.warmup_steps} steps does not end within the run's {config.steps} "
+            f"({horizon.split()[0]})",
             f"use at most {config.steps - 1}",
         )
     if model.vocab_size > 2**31:
-        refuse("model.vocab_size", f"{model.vocab_size} token ids do not fit 32 bits", "use at most 2147483648")
+        refuse(
+            "model.vocab_size", f"{model.vocab_size} token ids do not fit 32 bits", "use at most 2147483648"
+        )
     if len(set(config.evaluate.prompts)) != len(config.evaluate.prompts):
         refuse("evaluate.prompts", "a prompt stands there twice", "remove one")
-    if train.head_chunk_tokens and train.head_chunk_tokens > train.micro_batch_size * data.sequence_length:
+    micro_batch = train.micro_batch_size * data.sequence_length
+    if train.head_chunk_tokens and train.head_chunk_tokens > micro_batch:
         refuse(
-            "train.head_chunk_tokens",
+            "train.head_chunk_tokens train.micro_batch_size data.sequence_length",
             f"{train.head_chunk_tokens} is more than a micro-batch has "
-            f"({train.micro_batch_size} x {data.sequence_length} = {train.micro_batch_size * data.sequence_length})",
+            f"({train.micro_batch_size} x {data.sequence_length} = {micro_batch})",
             "use null, or at most that many",
         )
     return problems

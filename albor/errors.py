@@ -22,12 +22,14 @@ class Problem:
 
     `where` is `file:line` (or `command line`, for an override), empty when it is not known.
     `key` is the dotted path (`model.hidden_size`), empty when the problem is the file itself.
+    `related` are the other keys that a problem between keys depends on.
     """
 
     key: str
     message: str
     remedy: str = ""
     where: str = ""
+    related: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         place = ": ".join(part for part in (self.where, self.key) if part)

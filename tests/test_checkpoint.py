@@ -129,6 +129,13 @@ def test_a_file_of_another_checkpoint_is_found(tmp_path: Path, name: str) -> Non
         verify(tmp_path / "step-00000002")
 
 
+def test_a_file_that_was_cut_off_is_said_to_be(tmp_path: Path) -> None:
+    path = save_step(tmp_path, 1)
+    os.truncate(path / "tokenizer.model", 100)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: has 100 bytes instead of 256"):
+        verify(path)
+
+
 def test_edited_state_is_found_and_fills_nothing(tmp_path: Path) -> None:
     path = save_step(tmp_path, 10)
     text = (path / "state.json").read_text()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from checkpoint_cases import exit_code_of, fork, load_step, make_tensors, names_in, no_skip, save_step
 
-from albor.checkpoint import checkpoint_name, find_latest
+from albor.checkpoint import checkpoint_name, find_latest, list_checkpoints, verify
 from albor.errors import CheckpointError
 from albor.manifest import MANIFEST
 
@@ -80,6 +80,7 @@ def test_killed_at_every_point(
         latest = find_latest(directory, no_skip)
         assert latest is not None, f"killed at {point}: nothing is left"
         assert load_step(latest) in allowed, f"killed at {point}"
+        assert all(verify(path) for path in list_checkpoints(directory)), "one was half removed"
         save_step(directory, step, keep_last=2)
         assert load_step(directory / checkpoint_name(step)) == step
         assert not [name for name in names_in(directory) if name.startswith(".")], f"killed at {point}"

@@ -19,7 +19,7 @@ from albor.errors import DataError
 
 IGNORED_TARGET = -1
 _MASK = (1 << 64) - 1
-_ROUNDS = 4
+_ROUNDS = 8  # four leave orders of a thousand windows or fewer visibly correlated now and then
 
 
 class Permutation:
@@ -108,7 +108,7 @@ class Loader:
 
     def _restore(self, state: dict[str, Any]) -> None:
         drawn = state["per_source"]
-        if len(drawn) != len(self._drawn) or state["samples"] != sum(drawn):
+        if len(drawn) != len(self._drawn) or min(drawn) < 0 or state["samples"] != sum(drawn):
             raise DataError(
                 f"the loader's saved position {state} does not belong to {len(self._drawn)} sources"
             )

@@ -292,9 +292,9 @@ def _hub_rows(source: HubSource) -> Iterator[tuple[str, Any]]:
     ) as error:  # `datasets` lets errors of a dozen libraries through; all mean that it cannot be read
         reason = str(error).strip().splitlines() or [""]
         raise DataError(
-            f"data.sources: the data set {source.path!r} cannot be read ({type(error).__name__}: {reason[0]}); "
-            "check its name, subset, split and revision, and the network (HF_TOKEN for a gated data set), or "
-            "download it and use a source of kind parquet, jsonl or files"
+            f"data.sources: data set {source.path!r} cannot be read ({type(error).__name__}: {reason[0]}); "
+            "check the name, subset, split and revision, and the network (HF_TOKEN for a gated data set), "
+            "or download it and use a source of kind parquet, jsonl or files"
         ) from error
 
 

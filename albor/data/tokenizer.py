@@ -79,6 +79,8 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes):
+        if not model:
+            raise ValueError("an empty model")  # SentencePiece would take it, and answer with zeros
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)

@@ -25,6 +25,10 @@ class PerBlockGradientAccumulator:
         self.transfer = arena["gradients.transfer"] if "gradients.transfer" in arena else None
         self.returned = arena["gradients.returned"] if "gradients.returned" in arena else None
         self.staging = arena["gradients.return_staging"] if "gradients.return_staging" in arena else None
+        # Between parameters lies alignment padding, which nobody writes: it comes along with whatever it held.
+        ends = (*(p.offset for p in model.parameters[1:]), model.flat_size)
+        gaps = ((p.offset + p.size, end) for p, end in zip(model.parameters, ends, strict=True))
+        self._padding = [self.sums[start:end] for start, end in gaps if start < end]
         self._first = True
 
     def begin(self) -> None:
@@ -49,8 +53,10 @@ class PerBlockGradientAccumulator:
             sums.add_(gradient)
 
     def norm(self) -> float:
-        """The L2 norm of the summed gradient over all parameters."""
-        # Per block, then over the blocks in float64: the order of summation is fixed, and padding is zero.
+        """The L2 norm of the summed gradient over all parameters; comes before anything else reads the sums."""
+        for padding in self._padding:
+            padding.zero_()
+        # Per block, then over the blocks in float64: the order of summation is fixed.
         return math.sqrt(sum(ops.norm(self.sums[b.start : b.end]) ** 2 for b in self.blocks.values()))
 
     def gradient(self, block: BlockSlice) -> torch.Tensor:

@@ -63,8 +63,6 @@ class Trainer:
             block_tensors(self._slots[layer % 2], self.architecture, layer, starts[block_name(layer)])
             for layer in range(self.layers)
         ]
-        for gradient in (*self._slots, arena["gradients.head"], arena["gradients.embedding"]):
-            gradient.zero_()  # alignment padding stays zero from here on, and the norm may run over it
 
     def step(self, batches: Iterable[Batch], state: TrainState) -> tuple[StepResult, TrainState]:
         """One optimizer step over `gradient_accumulation_steps` micro-batches."""

@@ -94,7 +94,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) <= MAX_BYTES:
-            return content.decode("utf-8-sig")
+            return content.decode()
         message, remedy, line = f"is larger than {MAX_BYTES:,} bytes", "is this the configuration?", ""
     except UnicodeDecodeError as error:
         message, remedy = f"byte {error.object[error.start]:#04x} is not UTF-8", "save the file as UTF-8"

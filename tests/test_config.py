@@ -219,6 +219,31 @@ def test_scalars_follow_the_yaml_1_2_core_schema(text: str, value: Any) -> None:
     assert type(read) is type(value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3e-4",
+        "no",
+        "1_000",
+        "0o17",
+        "~",
+        "12:30:45",
+        "a: b",
+        " a ",
+        "",
+        "x\n",
+        "\x85",
+        "\u2028",
+        "é😀",
+        "\ufeff",
+    ],
+)
+def test_written_text_reads_back_as_text(text: str) -> None:
+    written = dump_yaml({"key": text})
+    assert read_yaml(written, "text").value == {"key": text}
+    assert yaml.safe_load(written) == {"key": text}  # YAML 1.1 readers agree
+
+
 def test_aliases_are_expanded(minimal: Path) -> None:
     minimal.write_text("runs_dir: &dir here\ndata: {cache_dir: *dir}\n" + MINIMAL)
     assert load_config(minimal).data.cache_dir == "here"

@@ -12,7 +12,7 @@ that has its name is complete, at whatever instant the process or the power died
 by a single bit, does not verify and is never loaded. (The hashes find damage. They are no signature: whoever
 can write the directory can write a manifest that fits.)
 
-Nothing here is pickled, and nothing here knows a trainer.
+Both formats hold data and no code, and nothing here knows a trainer.
 """
 
 from __future__ import annotations

@@ -301,6 +301,36 @@ def attention_forward(
             out_heads[b, :, :, block].copy_(mixed.view(kv_heads, group, rows, head_dim))
 
 
+def attention_cached(
+    qkv: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, start: int, work: Workspace
+) -> None:
+    """`attention_forward` of n tokens at positions start, start + 1, ... of one sequence whose earlier keys and
+    values are in the cache; theirs are appended to it.
+
+    qkv (n, (H + 2K) D), rotated, with n at most QUERY_BLOCK; cache (2, K, S, D), keys and values; out (n, H D).
+    The workspace's scores have room for H * n * (start + n).
+    """
+    _, kv_heads, _, head_dim = cache.shape
+    rows = qkv.shape[0]
+    stop = start + rows
+    packed = qkv.view(rows, -1, head_dim)
+    heads = packed.shape[1] - 2 * kv_heads
+    cache[:, :, start:stop].copy_(packed[:, heads:].view(rows, 2, kv_heads, head_dim).permute(1, 2, 0, 3))
+    keys, values = cache[:, :, :stop].unbind()
+    if rows == 1:  # its heads lie as the GEMMs want them, and no key is in its future
+        query, mixed = packed[0, :heads].view(kv_heads, -1, head_dim), out.view(kv_heads, -1, head_dim)
+        weights = _shaped(work.scores, kv_heads, query.shape[1], stop)
+        torch.baddbmm(weights, query, keys.transpose(1, 2), beta=0, alpha=head_dim**-0.5, out=weights)
+        torch.softmax(weights, -1, out=weights)
+        torch.bmm(weights, values, out=mixed)
+    else:
+        query = _grouped(packed[None, :, :heads], kv_heads)[0]
+        weights, _ = _attention_weights(query, keys, start, work)
+        mixed = _shaped(work.d_query, *query.shape)
+        torch.bmm(weights, values, out=mixed.view(kv_heads, -1, head_dim))
+        _grouped(out.view(1, rows, heads, head_dim), kv_heads)[0].copy_(mixed)
+
+
 def attention_backward(
     d_out: torch.Tensor,
     qkv: torch.Tensor,

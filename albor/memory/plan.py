@@ -63,7 +63,7 @@ def training_phases(layers: int) -> tuple[str, ...]:
     )
 
 
-INFERENCE_PHASES = ("evaluate", "sample")
+INFERENCE_PHASES = ("initialise", "evaluate", "sample")
 
 
 @dataclass(frozen=True)
@@ -390,14 +390,14 @@ def _add_inference(
         draft.add(f"evaluate.{name}", (rows, columns), "scratch", first="evaluate")
     _add_logits(draft, config, model, "evaluate", rows, device)
     if samples:
-        _add_sampling(draft, model)
+        _add_sampling(draft, model, config.data.sequence_length)
 
 
-def _add_sampling(draft: _Draft, model: Architecture) -> None:
-    context, head_dim = model.max_position_embeddings, model.head_dim
-    cache = (model.num_hidden_layers, 2, model.num_key_value_heads, context, head_dim)
+def _add_sampling(draft: _Draft, model: Architecture, length: int) -> None:
+    context, kv_heads = model.max_position_embeddings, model.num_key_value_heads
+    cache = (model.num_hidden_layers, 2, kv_heads, context, model.head_dim)
     draft.add("sample.cache", cache, "activations", first="sample")  # (L, 2, K, S, D)
-    chunk = min(ROW_CHUNK, context)  # tokens of a prompt that are read at a time
+    chunk = min(ROW_CHUNK, QUERY_BLOCK, length)  # prompt tokens read at a time: the workspace has room for these
     for name, columns in (
         ("stream", model.hidden_size),
         ("normed", model.hidden_size),
@@ -409,9 +409,9 @@ def _add_sampling(draft: _Draft, model: Architecture) -> None:
     ):
         draft.add(f"sample.{name}", (chunk, columns), "scratch", first="sample")
     draft.add("sample.rstd", (chunk,), "scratch", first="sample", dtype=draft.wide_dtype)
-    kv_heads, group = model.num_key_value_heads, model.num_attention_heads // model.num_key_value_heads
+    # The workspace's scores reach over a training sequence; here they reach over the context.
+    group = model.num_attention_heads // kv_heads
     draft.add("sample.scores", (kv_heads, group * chunk, context), "scratch", first="sample")
-    draft.add("sample.query", (kv_heads, group, chunk, head_dim), "scratch", first="sample")
     draft.add("sample.logits", (1, model.vocab_size), "logits", first="sample")  # (1, V)
 
 

@@ -1,0 +1,102 @@
+"""Decoding with a cache of keys and values: a prompt is read in chunks, and then one token at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from albor import ops
+from albor.errors import AlborError
+from albor.memory.arena import Arena
+from albor.model.activations import Activations
+from albor.model.transformer import Transformer
+
+
+class ContextFull(AlborError):
+    """There are more tokens than the model has positions."""
+
+
+class Decoder:
+    """Reads a sequence token by token, and gives the logits of the next.
+
+    Everything lies in the plan's `sample.*` buffers, which share memory with other phases: after a step or an
+    evaluation in between, begin again with `reset`.
+    """
+
+    def __init__(self, model: Transformer, arena: Arena):
+        architecture = model.architecture
+        self.model, self.arena = model, arena
+        self.context = architecture.max_position_embeddings
+        self.length = 0  # tokens read so far, which is the next one's position
+        self._chunk: int = arena["sample.stream"].shape[0]
+        self._eps = architecture.rms_norm_eps
+        self._rotated_heads = architecture.num_attention_heads + architecture.num_key_value_heads
+        self._cos, self._sin = arena["rotary.cos"], arena["rotary.sin"]
+        self._caches = arena["sample.cache"].unbind()  # one (2, K, S, D) per layer
+        self._work = replace(model.work, scores=arena["sample.scores"])
+        self._single = self._activations(1)
+
+    def reset(self) -> None:
+        """Forgets the sequence."""
+        self.length = 0
+
+    def feed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Appends `tokens` (n,) int64 to the sequence; returns the logits (V,) of what follows the last one.
+
+        The logits are in the compute dtype and in the arena: the next call overwrites them. Raises
+        ContextFull, with nothing read, where the model has too few positions, and ValueError without a token.
+        """
+        count = tokens.shape[0]
+        if count == 0:
+            raise ValueError("there are no logits without a token to follow")
+        if self.length + count > self.context:
+            raise ContextFull(
+                f"{self.length + count} tokens do not fit the model's context of {self.context} "
+                "(model.max_position_embeddings)"
+            )
+        if self.length == 0:
+            self.arena.enter("sample")
+        for chunk in tokens.to(self.arena.device).split(self._chunk):
+            a = self._read(chunk)
+        head, logits = self.model.head, self.arena["sample.logits"]
+        last, delta, normed, rstd = a.middle[-1:], a.delta[-1:], a.mlp_normed[-1:], a.mlp_rstd[-1:]
+        ops.rmsnorm_forward(last, delta, head.norm, self._eps, last, normed, rstd, self._work)
+        ops.linear_forward(normed, head.tokens, logits)
+        return logits[0]
+
+    def _read(self, tokens: torch.Tensor) -> Activations:
+        """Runs all blocks over the next `tokens`, of which a chunk has room, and appends to the caches."""
+        rows, eps, work = tokens.shape[0], self._eps, self._work
+        a = self._single if rows == 1 else self._activations(rows)
+        stream, normed, rstd, delta = a.input, a.attention_normed, a.attention_rstd, None
+        self.model.embedding.forward(tokens, stream)
+        for block, cache in zip(self.model.blocks, self._caches, strict=True):
+            w = block.weights
+            ops.rmsnorm_forward(stream, delta, w.attention_norm, eps, stream, normed, rstd, work)
+            ops.linear_forward(normed, w.qkv, a.qkv)
+            ops.rotary(a.qkv, self._cos, self._sin, self._rotated_heads, rows, work, start=self.length)
+            ops.attention_cached(a.qkv, cache, a.attention_out, self.length, work)
+            ops.linear_forward(a.attention_out, w.attention_out, a.delta)
+            block.feed_forward.forward(w, a)
+            delta = a.delta
+        self.length += rows
+        return a
+
+    def _activations(self, rows: int) -> Activations:
+        """Buffers for `rows` tokens: no backward follows, so all blocks share them, and both halves of one."""
+        names = ("stream", "rstd", "normed", "qkv", "attention_out", "gate_up", "hidden", "delta")
+        view = {name: self.arena[f"sample.{name}"][:rows] for name in names}
+        return Activations(
+            input=view["stream"],
+            attention_rstd=view["rstd"],
+            attention_normed=view["normed"],
+            qkv=view["qkv"],
+            attention_out=view["attention_out"],
+            middle=view["stream"],
+            mlp_rstd=view["rstd"],
+            mlp_normed=view["normed"],
+            gate_up=view["gate_up"],
+            hidden=view["hidden"],
+            delta=view["delta"],
+        )

@@ -84,7 +84,7 @@ class Decoder:
         return a
 
     def _activations(self, rows: int) -> Activations:
-        """Buffers for `rows` tokens: no backward follows, so all blocks share them, and both halves of one."""
+        """Buffers for `rows` tokens. No backward follows: all blocks and both halves of each share them."""
         names = ("stream", "rstd", "normed", "qkv", "attention_out", "gate_up", "hidden", "delta")
         view = {name: self.arena[f"sample.{name}"][:rows] for name in names}
         return Activations(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -107,13 +107,15 @@ def tensor_specs(path: Path) -> dict[str, TensorSpec]:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def read_tensors_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
+def read_tensors_into(path: Path, tensors: Mapping[str, torch.Tensor], *, convert: bool = False) -> int:
     """Fill `tensors` from the file at `path`, and return how many were filled.
 
-    Names, shapes and dtypes must match exactly. Otherwise nothing is filled and `CheckpointError` lists every
-    difference.
+    Names, shapes and dtypes must match exactly; with `convert`, values are rounded to the tensors' dtypes.
+    Otherwise nothing is filled and `CheckpointError` lists every difference.
     """
     found, expected = tensor_specs(path), {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    if convert:
+        found = {name: replace(s, dtype=expected.get(name, s).dtype) for name, s in found.items()}
     problems = [
         *(
             f"{name} is missing ({expected[name]} expected)"

@@ -18,9 +18,10 @@ from albor.memory.arena import Arena
 class PerBlockGradientAccumulator:
     """The sum of the gradients of a step's micro-batches, one slice per block."""
 
-    def __init__(self, model: Architecture, arena: Arena):
+    def __init__(self, model: Architecture, arena: Arena, work: ops.Workspace):
         self.blocks = {block.name: block for block in model.blocks}
         self.sums = arena["gradients.accumulator"]  # flat, wide
+        self.work = work
         # On CUDA with host sums, a gradient crosses the bus through pinned memory; elsewhere it is added in place.
         self.transfer = arena["gradients.transfer"] if "gradients.transfer" in arena else None
         self.returned = arena["gradients.returned"] if "gradients.returned" in arena else None
@@ -50,7 +51,7 @@ class PerBlockGradientAccumulator:
         if self._first:
             sums.copy_(gradient)
         else:
-            sums.add_(gradient)
+            ops.accumulate(gradient, sums, self.work)
 
     def norm(self) -> float:
         """The L2 norm of the summed gradient over all parameters; comes before anything else reads the sums."""

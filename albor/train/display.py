@@ -51,7 +51,7 @@ class Display:
 
     def row(self, step: int, metrics: Metrics) -> None:
         """Show `train/loss`, `train/lr`, `train/grad_norm`, `train/tokens_per_second`, `train/mfu` (a
-        fraction) and `memory/used_bytes` after `step`; what is None or absent is not known."""
+        fraction) and `memory/process` after `step`; what is None or absent is not known."""
 
     def validation(self, step: int, metrics: Metrics) -> None:
         """Show `val/loss` and `val/bits_per_byte`, measured after `step`."""
@@ -219,7 +219,7 @@ _LINE_FORMS = {
 
 def _numbers(metrics: Metrics) -> dict[str, str]:
     """The text of each number in a row, by its short label."""
-    memory = metrics.get("memory/used_bytes")
+    memory = metrics.get("memory/process")
     return {
         "loss": _number(metrics.get("train/loss"), ".3f"),
         "lr": _number(metrics.get("train/lr"), ".1e"),

@@ -1,0 +1,42 @@
+# make quickstart   train a real model on this machine, and let it write
+# make test         the whole test suite
+# make check        lint, format, types
+# make bench        the CPU benchmark against its peers
+# Each sets up what it needs in .venv first; PYTHON=python3.12 chooses the interpreter.
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
+	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+BIN := .venv/bin
+
+.PHONY: quickstart test check bench clean
+
+quickstart: .venv/installed
+	$(BIN)/albor train configs/quickstart.yaml
+
+test: .venv/installed-dev
+	$(BIN)/pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed-dev
+	$(BIN)/python benchmarks/cpu.py
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/python:
+	@test -n "$(PYTHON)" || { echo "albor needs Python 3.11 or newer; none of python3, python3.11 to 3.13 is"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+.venv/installed: .venv/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: .venv/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ .venv/installed

@@ -1,0 +1,5 @@
+"""`python -m albor` is `albor`."""
+
+from albor.cli import main
+
+main()

@@ -1,0 +1,331 @@
+"""The command line. Every command imports what it needs inside, so that `albor vram-estimate` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from albor.errors import AlborError, ConfigError, Problem
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="From raw text to a small language model on one GPU, from one YAML file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Prepare what a model reads.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the file: optimizer.lr=3e-4", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", show_default=False)
+]
+
+
+def _version(show: bool) -> None:
+    if show:
+        from albor import __version__
+
+        typer.echo(f"albor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: go on from the run's newest checkpoint, or start; never: start, and refuse if there is one; "
+            "PATH: go on from that checkpoint or run.",
+        ),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and the memory plan; do nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model, from raw text or from the run's newest checkpoint.
+
+    \b
+    albor train configs/quickstart.yaml
+    albor train configs/pretrain-350m.yaml train.micro_batch_size=8 name=my-350m
+    albor train configs/quickstart.yaml --dry-run
+
+    Ctrl-C (or SIGTERM) saves a checkpoint and exits with 75; the same command then goes on, bit for bit.
+    """
+    from albor.configfile import dump_config, load_config
+    from albor.memory.estimate import check_fits, estimate, plan_for_training, render
+
+    run = load_config(config, overrides or [])
+    target = plan_for_training(run)
+    console = _console(stderr=as_json)
+    if dry_run:
+        answer = estimate(run, target=target)
+        if as_json:
+            print(json.dumps({"config": run.model_dump(mode="json"), "plan": answer.as_json()}))
+        else:
+            console.out(dump_config(run), highlight=False)
+            render(answer, console)
+        return
+    check_fits(run, target)  # before torch is imported, let alone a GPU touched
+    if target.fallback:
+        console.out(target.fallback, highlight=False)
+
+    from albor.train.run import print_outcome, run_training
+
+    given = config.read_text(encoding="utf-8")
+    if overrides:
+        given += "".join(f"\n# override: {override}" for override in overrides) + "\n"
+    outcome = run_training(
+        run, given, target.plan, target.device, resume, console, as_json=as_json, peak_flops=target.peak_flops
+    )
+    if as_json:
+        print(json.dumps(outcome.as_json()))
+    else:
+        print_outcome(outcome, console)
+
+
+@app.command("vram-estimate")
+def vram_estimate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Hold the plan against this card.")] = None,
+    vram: Annotated[str | None, typer.Option(metavar="SIZE", help="Hold it against this much memory: 24GiB")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will allocate, to the byte, and whether it fits. Needs no GPU, and touches none.
+
+    \b
+    albor vram-estimate configs/pretrain-350m.yaml --gpu "RTX 4090"
+    albor vram-estimate configs/pretrain-350m.yaml --vram 24GiB data.sequence_length=2048
+    albor vram-estimate configs/pretrain-350m.yaml --json
+
+    Exit code 4: it does not fit, and the nearest changes that would are shown.
+    """
+    from albor.configfile import load_config
+    from albor.memory.estimate import run_estimate
+    from albor.units import parse_bytes
+
+    if gpu is not None and vram is not None:
+        raise ConfigError([Problem("--gpu", "a card and a size are given", "give --gpu or --vram", "command line")])
+    capacity = None
+    if vram is not None:
+        try:
+            capacity = parse_bytes(vram)
+        except ValueError as error:
+            raise ConfigError([Problem("--vram", str(error), where="command line")]) from error
+        capacity = int(capacity) if str(capacity).isdigit() else capacity
+    run = load_config(config, overrides or [])
+    raise typer.Exit(run_estimate(run, gpu, capacity, as_json, _console()))
+
+
+@data_app.command("prepare")
+def data_prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the tokenizer and tokenise every source, as `albor train` would; a second call finds it done.
+
+    \b
+    albor data prepare configs/quickstart.yaml
+    """
+    from albor.configfile import load_config
+    from albor.data.prepare import check_horizon, prepare
+    from albor.data.sources import describe
+    from albor.progress import show_progress
+
+    run = load_config(config, overrides or [])
+    console = _console(stderr=as_json)
+    with show_progress(console) as progress:
+        data = prepare(run, progress)
+    rows = [
+        {"source": describe(source), "documents": report.documents, "text_bytes": report.text_bytes,
+         "train_tokens": len(stream), "directory": str(path)}
+        for source, report, stream, path in zip(run.data.sources, data.reports, data.train, data.paths, strict=True)
+    ]  # fmt: skip
+    validation = {"documents": data.validation.documents, "tokens": len(data.validation),
+                  "text_bytes": data.validation_text_bytes}  # fmt: skip
+    for report in data.reports:
+        for line in report.lines():
+            console.out(line, highlight=False)
+    problems = check_horizon(run, data)
+    if as_json:
+        print(json.dumps({"tokenizer": str(data.tokenizer_path), "sources": rows, "validation": validation}))
+    else:
+        for row in rows:
+            console.out(
+                f"{row['source']}: {row['documents']:,} documents, {row['text_bytes']:,} bytes, "
+                f"{row['train_tokens']:,} training tokens in {row['directory']}", highlight=False,
+            )  # fmt: skip
+        console.out(
+            f"validation: {validation['documents']:,} documents, {validation['tokens']:,} tokens", highlight=False
+        )
+        console.out(f"tokenizer: {data.tokenizer_path}", highlight=False)
+    if problems:
+        raise ConfigError(problems)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the tokenizer of a configuration, or find it in the cache, and print where it lies.
+
+    \b
+    albor tokenizer train configs/quickstart.yaml model.vocab_size=8192
+    """
+    from albor.configfile import load_config
+    from albor.data.prepare import prepare_tokenizer
+    from albor.progress import show_progress
+
+    run = load_config(config, overrides or [])
+    with show_progress(_console(stderr=True)) as progress:
+        _, path = prepare_tokenizer(run, progress)
+    print(path)
+
+
+@tokenizer_app.command("inspect")
+def tokenizer_inspect(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what the tokenizer makes of the configuration's data: bytes per token, longest pieces.
+
+    \b
+    albor tokenizer inspect configs/quickstart.yaml
+    """
+    from albor.configfile import load_config
+    from albor.data.prepare import prepare_tokenizer
+    from albor.data.sources import SourceReport, read_documents
+    from albor.data.tokenizer import inspect
+    from albor.progress import show_progress
+
+    run = load_config(config, overrides or [])
+    with show_progress(_console(stderr=True)) as progress:
+        tokenizer, path = prepare_tokenizer(run, progress)
+    report = SourceReport()
+    texts = (document.text for source in run.data.sources for document in read_documents(source, report))
+    facts = {"path": str(path), **inspect(tokenizer, texts)}
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for key, value in facts.items():
+        shown = "  ".join(map(repr, value)) if isinstance(value, list) else value
+        print(f"{key:<20} {shown:.4f}" if isinstance(value, float) else f"{key:<20} {shown}")
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="The text to go on from; - reads standard input.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens of this joint probability.")
+    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Let a trained model write, as it writes.
+
+    \b
+    albor generate runs/quickstart --prompt "def fibonacci(n):"
+    albor generate runs/quickstart --prompt "import " --temperature 0.5 --top-p 0.9 --stop "\\n\\n"
+    """
+    from albor.generate.generate import generate as write
+    from albor.generate.load import load_for_inference
+    from albor.model.decode import Decoder
+
+    _, model, tokenizer, arena = load_for_inference(run)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not as_json:
+        sys.stdout.write(text)
+    generation = write(
+        Decoder(model, arena),
+        tokenizer,
+        text,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop or [],
+        seed=seed,
+        on_text=None if as_json else _stream,
+    )
+    if as_json:
+        print(json.dumps({
+            "prompt": text, "text": generation.text, "tokens": len(generation.tokens),
+            "prompt_tokens": generation.prompt_tokens, "stop_reason": generation.stop_reason,
+            "seconds": generation.seconds,
+        }))  # fmt: skip
+    else:
+        print()
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors that complete and check YAML.
+
+    \b
+    albor schema > albor.schema.json    # then, as the first line of a YAML file:
+                                        # yaml-language-server: $schema=albor.schema.json
+    """
+    from albor.configfile import schema as build
+
+    print(json.dumps(build(), indent=2))
+
+
+def _stream(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=False)
+
+
+def main() -> None:
+    """Runs a command; every failure that a user can mend becomes a message and its documented exit code."""
+    try:
+        app()
+    except AlborError as error:
+        print(f"albor: {error}" if len(str(error).splitlines()) == 1 else f"albor:\n{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("albor: interrupted before there was anything to save", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        print("albor: this is a bug in albor; please report it with the lines above", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

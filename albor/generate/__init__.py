@@ -1,0 +1,1 @@
+"""Writing with a trained model. Reads a checkpoint directory, never a trainer."""

@@ -1,0 +1,313 @@
+"""What the memory plan is compared with: GPUs and hosts, their capacity, and what lies outside the arena.
+
+No torch, and no CUDA context: a card in this machine is asked through NVML, any other is looked up in `GPUS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from albor.config import RunConfig
+from albor.errors import ConfigError, Problem
+from albor.memory.plan import MemoryPlan, plan_training
+
+Device = Literal["cpu", "cuda"]
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+
+def format_bytes(size: int) -> str:
+    """`size` for people: in GiB, or in MiB where that would show nothing."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One model of card. `usable_bytes` is what CUDA programs can have, which is less than what is sold."""
+
+    name: str
+    usable_bytes: int | None  # None: the driver does not say
+    compute_capability: tuple[int, int]
+    bf16_peak_flops: float | None  # per second, dense, summed in fp32; None: unknown, or the card has no bf16
+    source: str  # of usable_bytes
+
+
+def _seen(name: str, gib: float, capability: tuple[int, int], peak: float | None, where: str) -> Gpu:
+    """A row from PyTorch's "total capacity of ... GiB", which is rounded to two decimals, up perhaps."""
+    return Gpu(name, int((gib - 0.005) * GIB), capability, peak, f"{gib} GiB in {where}")
+
+
+def _derived(name: str, total_mib: int, capability: tuple[int, int], peak: float | None) -> Gpu:
+    """A row from nvidia-smi's total. From that the driver keeps 250 to 630 MiB on the cards below for which
+    both numbers are known; from a card of 80 GB or more, 1 GiB is taken off.
+    """
+    reserve = 640 if total_mib < 64 * KIB else 1024
+    source = f"derived: nvidia-smi {total_mib} MiB less {reserve}"
+    return Gpu(name, (total_mib - reserve) * MIB, capability, peak, source)
+
+
+# Usable bytes are the least that was found reported (GitHub issues): the same card moves by 170 MiB with its
+# driver, and by 3 GiB with ECC. Peaks are from NVIDIA's architecture whitepapers and data sheets, without
+# sparsity; GeForce cards sum in fp32 at half the rate at which they sum in fp16.
+GPUS = (
+    _seen("RTX 3060", 11.75, (8, 6), 25.5e12, "Kunhao-Liu/StyleGaussian#12"),
+    _seen("RTX 3080", 9.78, (8, 6), 59.5e12, "zai-org/CogVideo#34"),
+    _seen("RTX 3090", 23.56, (8, 6), 71e12, "noonghunna/club-3090#58"),
+    _derived("RTX 4060 Ti 8GB", 8188, (8, 9), 44.1e12),
+    _seen("RTX 4060 Ti 16GB", 15.55, (8, 9), 44.1e12, "boson-ai/higgs-audio#48"),
+    _seen("RTX 4070 Ti", 11.73, (8, 9), 80.2e12, "OpenLMLab/LOMO#17"),
+    _derived("RTX 4070 Ti Super", 16376, (8, 9), 88.2e12),
+    _derived("RTX 4080", 16376, (8, 9), 97.5e12),
+    _seen("RTX 4090", 23.52, (8, 9), 165.2e12, "Soul-AILab/SoulX-FlashTalk#5"),
+    _derived("RTX 5070 Ti", 16303, (12, 0), 87.9e12),
+    _derived("RTX 5080", 16303, (12, 0), 112.6e12),
+    _seen("RTX 5090", 31.36, (12, 0), 209.5e12, "TrajectoryCrafter/TrajectoryCrafter#20"),
+    _derived("RTX A6000", 49140, (8, 6), 154.8e12),
+    _seen("RTX 6000 Ada", 44.43, (8, 9), 364.2e12, "DINGYANB/MTVCrafter#21, with ECC"),
+    _seen("T4", 14.56, (7, 5), None, "Zheng-Chong/CatVTON#133"),
+    _seen("L4", 22.03, (8, 9), 121e12, "ArcInstitute/evo2#190"),
+    _seen("A10", 21.99, (8, 6), 125e12, "zai-org/CogVLM#236"),
+    _seen("L40", 44.40, (8, 9), 181e12, "QwenLM/Qwen3-VL#2097"),
+    _derived("L40S", 46068, (8, 9), 362e12),
+    _seen("A100 40GB", 39.39, (8, 0), 312e12, "PyTorch out-of-memory messages, 39.39 to 39.50 by host"),
+    _derived("A100 80GB", 81920, (8, 0), 312e12),
+    _derived("H100 PCIe", 81559, (9, 0), 756e12),
+    _seen("H100", 79.11, (9, 0), 989.4e12, "vllm-project/vllm#27508"),
+    _derived("H200", 143771, (9, 0), 989.4e12),
+    _derived("B200", 183359, (10, 0), 2250e12),
+)
+
+_NOISE = re.compile(r"nvidia|geforce|tesla|quadro|rtx|generation|sxm\d?|hbm\d?e?|[^a-z0-9]")
+_MEMORY = re.compile(r"(?<!\d)(\d{1,3})\s*gi?b\b|(?<=[\s-])(\d{1,3})$")
+
+
+def _key(name: str) -> tuple[str, int | None]:
+    """What names a card, without decoration, and the gigabytes if the name holds them: "a100", 40."""
+    lowered = name.lower().strip()
+    memory = _MEMORY.search(lowered)
+    return _NOISE.sub("", _MEMORY.sub("", lowered)), int(memory[1] or memory[2]) if memory else None
+
+
+def _matches(name: str) -> list[Gpu]:
+    model, memory = _key(name)
+    models = {_key(gpu.name)[0] for gpu in GPUS}
+    if model not in models:
+        model = model.removesuffix("pcie")  # another speed for an H100, the same card for the others
+
+    def has(gpu: Gpu) -> bool:  # cards are sold with up to a tenth more than CUDA can use
+        return memory is None or abs(memory - (gpu.usable_bytes or 0) / GIB) <= memory / 10
+
+    return [gpu for gpu in GPUS if _key(gpu.name)[0] == model and has(gpu)]
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card that `name` means: "RTX 4090", "4090", "nvidia geforce rtx 4090 24GB", "A100-SXM4-40GB".
+
+    Raises ConfigError, with the cards that exist, where there is none or more than one.
+    """
+    found = _matches(name)
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(gpu.name for gpu in GPUS)
+    close = [gpu.name for gpu in found]
+    if not close:
+        names = {_key(gpu.name)[0]: gpu.name for gpu in GPUS}
+        close = [names[key] for key in difflib.get_close_matches(_key(name)[0], names, n=2, cutoff=0.5)]
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    what = "is more than one card" if found else "is not a card that albor knows"
+    remedy = f"{meant}Known: {known}. For any other card, give its memory: --vram 24GiB"
+    raise ConfigError([Problem("--gpu", f"{name!r} {what}", remedy, "command line")])
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a run is to go. A capacity that is not known is None."""
+
+    device: Device
+    description: str
+    gpu: Gpu | None = None
+    capacity_bytes: int | None = None  # for the device arena and what lies around it
+    host_capacity_bytes: int | None = None  # for the host's part of a run on a GPU of this machine
+
+
+def this_machine(device: Literal["auto", "cuda", "cpu"]) -> Hardware:
+    """The hardware that `device` means here: its memory is what is free now."""
+    host = host_capacity()
+    installed = None if device == "cpu" else installed_gpu()
+    if installed is not None:
+        gpu, free = installed
+        total = gpu.usable_bytes
+        memory = "memory unknown to the driver" if free is None else f"{format_bytes(free)} free"
+        memory += f" of {format_bytes(total)}" if free is not None and total is not None else ""
+        return Hardware("cuda", f"{gpu.name}, {memory}", gpu, free, host)
+    if device == "cuda":
+        return Hardware("cuda", "CUDA, no GPU found", host_capacity_bytes=host)
+    return Hardware("cpu", "CPU, free host memory", capacity_bytes=host)
+
+
+def installed_gpu() -> tuple[Gpu, int | None] | None:
+    """The first card that CUDA would see and its free bytes, by NVML; None without a card or its driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = _visible_handle(pynvml)
+        if handle is None:
+            return None
+        name = pynvml.nvmlDeviceGetName(handle)
+        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+            usable, free = memory.total - memory.reserved, memory.free
+        except pynvml.NVMLError:  # a GPU that shares the host's memory says NOT_SUPPORTED
+            usable = free = None
+        known = _matches(name)
+        peak = known[0].bf16_peak_flops if known else None
+        return Gpu(name, usable, capability, peak, "NVML"), free
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _visible_handle(pynvml: Any) -> Any:
+    """The card that CUDA_VISIBLE_DEVICES names first, by index or by a UUID's beginning. NVML ignores it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = "0" if visible is None else visible.split(",")[0].strip()
+    count = pynvml.nvmlDeviceGetCount()
+    if first.isdigit():
+        # NVML counts in the order of the bus. CUDA does so with CUDA_DEVICE_ORDER=PCI_BUS_ID, and else puts
+        # the fastest card first, which is the same wherever the cards are the same.
+        return pynvml.nvmlDeviceGetHandleByIndex(int(first)) if int(first) < count else None
+    if first.startswith("MIG-"):
+        return pynvml.nvmlDeviceGetHandleByUUID(first)
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    return next((h for h in handles if first and pynvml.nvmlDeviceGetUUID(h).startswith(first)), None)
+
+
+def host_capacity(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of host memory that a new process can have: what is free, within its control group's limit.
+
+    None where the system has no /proc/meminfo.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(proc / "meminfo"), re.MULTILINE)
+    if found is None:
+        return None
+    room = [int(found[1]) * KIB]
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, limit, usage, cache = cgroups, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        # The path is as the host sees it, and need not exist inside a container; there the group is the root.
+        group = root / path.lstrip("/")
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+            most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+            if most.isdigit() and used.isdigit():
+                # Cached files count as used, and go when memory is needed.
+                freeable = re.search(rf"^{cache} (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
+                room.append(max(0, int(most) - int(used) + (int(freeable[1]) if freeable else 0)))
+    return min(room)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def compute_dtype(precision: str, device: str) -> str:
+    """The dtype that `precision` computes in on `device`.
+
+    A CPU without bf16 instructions computes in fp32 what is configured as bf16 (see `falls_back`): emulated
+    bf16 is slower than that. Raises ConfigError for fp16 on the CPU.
+    """
+    if precision == "fp16" and device == "cpu":
+        problem = "fp16 needs a GPU"
+        raise ConfigError([Problem("train.precision", problem, "use bf16 or fp32 on the CPU")])
+    if precision == "bf16" and device == "cpu" and not _cpu_has_bf16():
+        return "float32"
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
+
+
+def falls_back(precision: str, dtype: str) -> bool:
+    """Whether `compute_dtype` chose another dtype than the configuration asks for, which a run should say."""
+    return precision == "bf16" and dtype != "bfloat16"
+
+
+def _cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    flags = re.search(r"^flags\s*:(.*)$", _read(cpuinfo), re.MULTILINE)
+    return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
+
+
+# What the arena does not hold. Items marked as estimates are read off other people's machines, rounded up.
+CUDA_CONTEXT = "CUDA context"
+LOADED_KERNELS = "loaded kernels"
+PROCESS = "Python and torch"
+ESTIMATED = frozenset({CUDA_CONTEXT, LOADED_KERNELS, PROCESS})
+# 426 MiB on an RTX 6000 Ada with torch 2.10 (unsloth-zoo#1053); 300 to 400 MB (pytorch#107667, #109888).
+_CUDA_CONTEXT_BYTES = 448 * MIB
+# They grow when a library's kernel is first used. llmq's whole remainder on an RTX 4090, with context, cuDNN
+# and NCCL, is 903 MiB; here are cuBLAS and Triton.
+_LOADED_KERNELS_BYTES = 256 * MIB
+# 242 MiB resident after importing all dependencies and one bf16 GEMM, torch 2.13 for the CPU on Linux x86-64.
+_PROCESS_BYTES = 256 * MIB
+# The same with torch for CUDA, whose libraries are ten times the size; not measured.
+_CUDA_PROCESS_BYTES = 2 * GIB
+# PyTorch's CublasHandlePool: ":4096:2:16:8" by default, 32 MiB from compute capability 9; one per handle and
+# stream.
+_CUBLAS_BYTES, _CUBLAS_BYTES_90 = 8_519_680, 32 * MIB
+_SMALL_POOL_BYTES = 2 * MIB  # one segment holds all tensors of up to 1 MiB: the loss, the norm
+
+
+def outside(plan: MemoryPlan, gpu: Gpu | None = None) -> dict[str, int]:
+    """Bytes that a device needs beside the arena, by item; for an unknown `gpu`, the most it can be."""
+    if plan.device == "cpu":
+        return {PROCESS: _PROCESS_BYTES, **plan.temporaries}
+    cublas = _CUBLAS_BYTES_90 if gpu is None or gpu.compute_capability >= (9, 0) else _CUBLAS_BYTES
+    pooled = (plan.size("device"), cublas, *plan.temporaries.values())
+    return {
+        CUDA_CONTEXT: _CUDA_CONTEXT_BYTES,
+        LOADED_KERNELS: _LOADED_KERNELS_BYTES,
+        "cuBLAS workspace": cublas,
+        **plan.temporaries,
+        "allocator rounding": sum(_segment(size) - size for size in pooled) + _SMALL_POOL_BYTES,
+    }
+
+
+def outside_host(plan: MemoryPlan) -> int:
+    """Bytes of host memory that a run on CUDA needs beside its host and pinned arenas."""
+    pinned = plan.size("pinned")
+    # c10's CachingHostAllocator rounds pinned memory up to a power of two.
+    return _CUDA_PROCESS_BYTES + (1 << (pinned - 1).bit_length() if pinned else 0) - pinned
+
+
+def _segment(size: int) -> int:
+    """What CUDACachingAllocator takes from the driver for a first request of `size` bytes."""
+    if size <= MIB:
+        return 2 * MIB if size else 0
+    return 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+
+
+def resolve_accumulator(config: RunConfig, hardware: Hardware, dtype: str) -> Literal["cpu", "gpu"]:
+    """Where gradients are summed; `auto` is the device where that is known to fit, else the host."""
+    if config.train.accumulator != "auto":
+        return config.train.accumulator
+    if hardware.device == "cpu" or hardware.capacity_bytes is None:
+        return "cpu"
+    plan = plan_training(config, "cuda", dtype, "gpu")
+    needed = plan.size("device") + sum(outside(plan, hardware.gpu).values())
+    return "gpu" if needed <= hardware.capacity_bytes else "cpu"

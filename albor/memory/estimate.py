@@ -1,0 +1,234 @@
+"""The memory plan, what lies around it, and whether that fits: `albor vram-estimate`, and `albor train` too.
+
+No torch: the answer comes in the time that Python and pydantic take to start.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from albor.architecture import Architecture
+from albor.config import RunConfig
+from albor.errors import ConfigError, DoesNotFit, Problem
+from albor.memory.devices import (
+    Device,
+    Hardware,
+    compute_dtype,
+    falls_back,
+    find_gpu,
+    format_bytes,
+    outside,
+    outside_host,
+    resolve_accumulator,
+    this_machine,
+)
+from albor.memory.plan import MemoryPlan, plan_training
+from albor.memory.suggest import Suggestion, nearest_fits
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run on some hardware, in bytes."""
+
+    config: RunConfig
+    plan: MemoryPlan
+    hardware: Hardware
+
+    @classmethod
+    def of(cls, config: RunConfig, hardware: Hardware) -> Estimate:
+        """Training `config` on `hardware`, with dtype and accumulator resolved for it."""
+        dtype = compute_dtype(config.train.precision, hardware.device)
+        accumulator = resolve_accumulator(config, hardware, dtype)
+        return cls(config, plan_training(config, hardware.device, dtype, accumulator), hardware)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The model in numbers."""
+        return Architecture.from_config(self.config.model)
+
+    @property
+    def device(self) -> Device:
+        """Where the run goes."""
+        return self.plan.device
+
+    @property
+    def fallback(self) -> str | None:
+        """What one should know of the dtype: that it is not the configured one, or that it will be slow."""
+        if falls_back(self.config.train.precision, self.plan.compute_dtype):
+            return "This CPU has no bf16 instructions: bf16 is computed in fp32."
+        gpu = self.hardware.gpu
+        if gpu is not None and gpu.compute_capability < (8, 0) and self.plan.compute_dtype == "bfloat16":
+            return f"{gpu.name} has no bf16 instructions: use train.precision=fp16."
+        return None
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Of the card, per second in bf16; None where it is not known or not what the run computes in."""
+        half = self.plan.compute_dtype in ("bfloat16", "float16")
+        return self.hardware.gpu.bf16_peak_flops if self.hardware.gpu and half else None
+
+    @property
+    def device_bytes(self) -> int:
+        """The device arena."""
+        return self.plan.size("device")
+
+    @cached_property
+    def outside(self) -> dict[str, int]:
+        """What the device needs beside the arena, by item."""
+        return outside(self.plan, self.hardware.gpu)
+
+    @property
+    def required_bytes(self) -> int:
+        """What the device's memory must hold. On the CPU, that is the host's, with all that is planned."""
+        needed = self.device_bytes + sum(self.outside.values())
+        if self.plan.device == "cpu":
+            needed += self.plan.size("host") + self.plan.size("pinned")
+        return needed
+
+    @property
+    def required_host_bytes(self) -> int:
+        """What the host's memory must hold for a run on the GPU."""
+        return self.plan.size("host") + self.plan.size("pinned") + outside_host(self.plan)
+
+    @property
+    def fits(self) -> bool | None:
+        """None: the capacity is not known."""
+        if self._host_is_short:
+            return False
+        capacity = self.hardware.capacity_bytes
+        return None if capacity is None else self.required_bytes <= capacity
+
+    @property
+    def _host_is_short(self) -> bool:
+        host = self.hardware.host_capacity_bytes
+        return self.plan.device == "cuda" and host is not None and self.required_host_bytes > host
+
+    @property
+    def verdict(self) -> str:
+        """One line for people."""
+        needed, capacity = self.required_bytes, self.hardware.capacity_bytes
+        if self._host_is_short:
+            needed, capacity = self.required_host_bytes, self.hardware.host_capacity_bytes
+        need = f"{format_bytes(needed)} {'of host memory ' if self._host_is_short else ''}needed"
+        if capacity is None:
+            ask = "; give --gpu NAME or --vram 24GiB" if self.plan.device == "cuda" else ""
+            return f"unknown: {need}, and no capacity known{ask}"
+        if needed <= capacity:
+            return f"fits: {need}, {format_bytes(capacity)} available"
+        over = format_bytes(needed - capacity)
+        return f"does not fit: {need}, {format_bytes(capacity)} available, {over} too little"
+
+    @cached_property
+    def suggestions(self) -> tuple[Suggestion, ...]:
+        """Where the run does not fit: the nearest changes with which it would."""
+        if self.fits is not False:
+            return ()
+
+        def required(config: RunConfig) -> int | None:
+            changed = Estimate.of(config, self.hardware)
+            return changed.required_bytes if changed.fits else None
+
+        return nearest_fits(self.config, self.device, required)
+
+    @property
+    def advice(self) -> list[str]:
+        """Lines that follow a refusal: each suggestion, ready to be added to the command."""
+        if not self.suggestions:
+            return ["No change of batch, recomputation or sequence makes it fit: take a smaller model."]
+        width = max(len(suggestion.overrides) for suggestion in self.suggestions)
+        lines = [f"  {s.overrides:<{width}}  {format_bytes(s.required_bytes)}" for s in self.suggestions]
+        return ["Nearest changes that would fit:", *lines]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        plan, config = self.plan, self.config
+        return {
+            "parameters": self.architecture.parameter_count,
+            "flops_per_token": self.architecture.flops_per_token(config.data.sequence_length),
+            "tokens_per_step": config.tokens_per_step,
+            "device": plan.device,
+            "compute_dtype": plan.compute_dtype,
+            "device_bytes": self.device_bytes,
+            "pinned_bytes": plan.size("pinned"),
+            "host_bytes": plan.size("host"),
+            "capacity_bytes": self.hardware.capacity_bytes,
+            "fits": self.fits,
+            "peak_phase": plan.peak_phase,
+            "groups": plan.groups,
+            "outside": self.outside,
+            "suggestions": [
+                {"overrides": s.overrides, "required_bytes": s.required_bytes} for s in self.suggestions
+            ],
+            "buffers": [
+                {
+                    "name": buffer.name,
+                    "shape": list(buffer.shape),
+                    "dtype": buffer.dtype,
+                    "bytes": buffer.nbytes,
+                    "place": buffer.place,
+                    "group": buffer.group,
+                    "first_phase": plan.phases[buffer.first],
+                    "last_phase": plan.phases[buffer.last],
+                    "offset": buffer.offset,
+                }
+                for buffer in plan.buffers
+            ],
+        }
+
+
+def estimate(config: RunConfig, gpu: str | None = None, vram: int | None = None) -> Estimate:
+    """Plans `config` for the card called `gpu`, or for `vram` bytes, or for the card in this machine.
+
+    Without any of these the capacity is unknown. A configuration with `device: cpu` is planned for this host.
+    Raises ConfigError for an unknown card.
+    """
+    hardware = _asked(config.device, gpu, vram)
+    return Estimate.of(config, hardware)
+
+
+def _asked(device: Literal["auto", "cuda", "cpu"], gpu: str | None, vram: int | None) -> Hardware:
+    if gpu is None and vram is None:
+        return this_machine("cpu" if device == "cpu" else "cuda")
+    if device == "cpu":
+        what = "is cpu, and --gpu and --vram ask about a GPU"
+        raise ConfigError([Problem("device", what, "add device=cuda, or leave them out")])
+    card = None if gpu is None else find_gpu(gpu)
+    usable = card.usable_bytes if card else None
+    capacity = usable if vram is None else vram
+    return Hardware("cuda", card.name if card else "CUDA", card, capacity)
+
+
+def plan_for_training(config: RunConfig) -> Estimate:
+    """What `albor train` goes by: the plan of `config` for this machine, as it is now."""
+    hardware = this_machine(config.device)
+    return Estimate.of(config, hardware)
+
+
+def check_fits(target: Estimate) -> None:
+    """Raises DoesNotFit, with what `albor vram-estimate` would say; an unknown capacity passes.
+
+    `albor train` asks this before any CUDA call.
+    """
+    if target.fits is False:
+        verdict = f"{target.hardware.description}: {target.verdict}"
+        raise DoesNotFit("\n".join([verdict, *target.advice]))
+
+
+def run_estimate(
+    config: RunConfig, gpu: str | None, vram: int | None, as_json: bool, console: Console
+) -> int:
+    """The command: prints the estimate and returns the exit code, 4 where the run does not fit."""
+    result = estimate(config, gpu, vram)
+    if as_json:
+        print(json.dumps(result.as_json(), indent=2), file=console.file)
+    else:
+        from albor.memory.report import render
+
+        render(result, console)
+    return DoesNotFit.exit_code if result.fits is False else 0

@@ -1,0 +1,72 @@
+"""An estimate for people: a table on a terminal, the same text aligned and without colour in a pipe."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from albor.memory.devices import ESTIMATED, format_bytes
+from albor.memory.estimate import Estimate
+from albor.memory.plan import peak_buffers
+
+_BAR_WIDTH = 28
+_VERDICT_STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}
+
+
+def render(estimate: Estimate, console: Console) -> None:
+    """Prints the plan by group, the peak, what lies outside the arena, and the verdict, in 80 columns."""
+    config, plan = estimate.config, estimate.plan
+    _print(console, f"{config.name} on {estimate.hardware.description}", "bold")
+    _print(console, f"{estimate.architecture.parameter_count:,} parameters, {plan.compute_dtype}")
+    if estimate.fallback:
+        _print(console, estimate.fallback, "yellow")
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(min_width=34)
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column(no_wrap=True)
+    arena = estimate.device_bytes
+    _add_heading(table, "Device arena", arena, estimate.required_bytes)
+    for group, size in plan.groups.items():
+        if size:
+            bar = "█" * round(_BAR_WIDTH * size / arena) if console.is_terminal else ""
+            table.add_row(f"  {group}", format_bytes(size), f"{size / arena:.1%}", Text(bar, style="cyan"))
+    _add_heading(table, "Outside the arena", sum(estimate.outside.values()), estimate.required_bytes)
+    for item, size in estimate.outside.items():
+        table.add_row(f"  {item}{' (estimate)' if item in ESTIMATED else ''}", format_bytes(size))
+    if plan.device == "cpu":
+        _add_heading(table, "Gradients summed", plan.size("host"), estimate.required_bytes)
+    console.print()
+    console.print(table)
+
+    console.print()
+    largest = ", ".join(f"{buffer.name} {format_bytes(buffer.nbytes)}" for buffer in peak_buffers(plan))
+    _print(console, f"Peak     {plan.peak_phase}: {largest}")
+    _print(console, f"Arena    {arena:,} bytes")
+    if plan.device == "cuda":
+        pinned, pageable = format_bytes(plan.size("pinned")), format_bytes(plan.size("host"))
+        _print(console, f"Host     {pinned} pinned, {pageable} pageable")
+    flops = estimate.architecture.flops_per_token(config.data.sequence_length)
+    tokens = config.steps * config.tokens_per_step
+    _print(console, f"Compute  {flops / 1e9:.2f} GFLOP per token, {flops * tokens:.2e} FLOP in all")
+    _print(
+        console,
+        f"Tokens   {config.tokens_per_step:,} per step, {config.steps:,} steps, {tokens:,} in all",
+    )
+    console.print()
+    _print(console, estimate.verdict[0].upper() + estimate.verdict[1:], _VERDICT_STYLES[estimate.fits])
+    if estimate.fits is False:
+        for line in estimate.advice:
+            _print(console, line)
+
+
+def _add_heading(table: Table, title: str, size: int, whole: int) -> None:
+    name, amount = (Text(cell, style="bold") for cell in (title, format_bytes(size)))
+    table.add_row(name, amount, f"{size / whole:.1%}", "of all")
+
+
+def _print(console: Console, line: str, style: str = "") -> None:
+    # Not wrapped: an override must survive being copied. No markup: names are the user's.
+    console.print(Text(line, style=style), soft_wrap=True)

@@ -1,0 +1,45 @@
+"""Progress of long work that counts bytes: a bar on a terminal, a line per stage in a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+Report = Callable[[str, int, int | None], None]  # what is going on, bytes done, bytes in all where known
+
+_SILENT_SECONDS = 10.0  # in a pipe, a stage that lasts longer than this says how far it is
+
+
+@contextmanager
+def show_progress(console: Console) -> Iterator[Report]:
+    """Yields a function to call with (stage, bytes done, bytes in all or None), as often as one likes."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            tasks: dict[str, int] = {}
+
+            def draw(stage: str, done: int, total: int | None) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total)
+                bar.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]  # a TaskID is an int
+
+            yield draw
+        return
+
+    seen: set[str] = set()
+    last = time.monotonic()
+
+    def write(stage: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if stage in seen and time.monotonic() - last < _SILENT_SECONDS:
+            return
+        share = f" {done / 1e6:,.0f} of {total / 1e6:,.0f} MB" if total and stage in seen else ""
+        seen.add(stage)
+        last = time.monotonic()
+        console.out(f"{stage}{share}", highlight=False)
+
+    yield write

@@ -1,0 +1,157 @@
+"""`albor train` from the configuration to the final report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from albor.config import RunConfig
+from albor.data.loader import IGNORED_TARGET, validation_batches
+from albor.data.prepare import check_horizon, prepare
+from albor.errors import AlborError, ConfigError, Diverged, Interrupted
+from albor.evaluate.validation import Validation
+from albor.memory.plan import MemoryPlan
+from albor.progress import show_progress
+from albor.train.display import Display, make_display
+from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
+from albor.train.metrics import MetricsLog, read_rows
+from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
+from albor.train.run_directory import run_directory, write_description
+from albor.train.session import Session, find_checkpoint, open_session
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to show."""
+
+    directory: Path
+    checkpoint: Path | None
+    steps: int
+    tokens: int
+    validation: Validation
+    compressors: dict[str, float]  # bits per byte of gzip and xz on the text of the validation
+    samples: list[Sample]
+    losses: list[tuple[int, float]]  # (step, training loss)
+    validation_losses: list[tuple[int, float]]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `albor train --json` prints and `eval/final.json` holds."""
+        return {
+            "run": str(self.directory),
+            "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+            "step": self.steps,
+            "tokens": self.tokens,
+            **self.validation.metrics(),
+            "val/target_tokens": self.validation.target_tokens,
+            "val/text_bytes": self.validation.text_bytes,
+            **{f"{name}/bits_per_byte": bits for name, bits in self.compressors.items()},
+            "samples": [asdict(sample) for sample in self.samples],
+        }
+
+
+def run_training(
+    config: RunConfig,
+    given: str,
+    plan: MemoryPlan,
+    device: Literal["cpu", "cuda"],
+    resume: str,
+    console: Console,
+    *,
+    as_json: bool = False,
+    peak_flops: float | None = None,
+) -> Outcome:
+    """Trains `config` to its end, from its newest checkpoint if there is one.
+
+    `given` is the configuration's text as the user wrote it; `plan` has been checked against the machine. Raises an
+    AlborError for everything that a user can mend; whatever ends the run is recorded in events.jsonl.
+    """
+    say = Display(console).message
+    directory = run_directory(config)
+    source = find_checkpoint(config, resume, say)
+    with show_progress(console) as progress:
+        data = prepare(config, progress)
+    for report in data.reports:
+        for line in report.lines():  # documents that were left out, by reason: never silently
+            say(line)
+    if problems := check_horizon(config, data):
+        raise ConfigError(problems)
+    session = open_session(config, data, plan, device, source)
+    write_description(directory, config, given, plan)
+    step = session.state.step
+    display = make_display(console, config.steps, first_step=step, title=config.name, json=as_json)
+    log = MetricsLog(directory, on_failure=display.message)
+    log.event("resumed" if source else "started", step, source=str(source) if source else None)
+    say(f"{directory}: going on from step {step} ({source})" if source else f"{directory}: a new run")
+    loop = Loop(session, log, display, peak_flops)
+    try:
+        with display:
+            loop.run()
+            outcome = _report(session, log)
+    except (Interrupted, Diverged):
+        raise  # recorded where they arose
+    except (AlborError, MemoryError, RuntimeError, OSError) as error:
+        log.event("failed", session.state.step, error=f"{type(error).__name__}: {error}")
+        raise
+    log.event("finished", session.state.step)
+    (directory / "eval").mkdir(exist_ok=True)
+    (directory / "eval" / "final.json").write_text(json.dumps(outcome.as_json(), indent=1) + "\n", encoding="utf-8")
+    return outcome
+
+
+def _report(session: Session, log: MetricsLog) -> Outcome:
+    """Validation on all held-out text that `evaluate.final_batches` covers, and what compressors make of that text."""
+    config = session.config
+    validation = evaluate_session(session, config.evaluate.final_batches)
+    rows = list(read_rows(log.metrics_path))
+    return Outcome(
+        directory=session.directory,
+        checkpoint=session.directory / "checkpoints" / f"step-{session.state.step:08d}",
+        steps=session.state.step,
+        tokens=session.tokens,
+        validation=validation,
+        compressors=compression_bits_per_byte(_validation_text(session)),
+        samples=draw_samples(session),
+        losses=[(row["step"], row["train/loss"]) for row in rows if row.get("train/loss") is not None],
+        validation_losses=[(row["step"], row["val/loss"]) for row in rows if row.get("val/loss") is not None],
+    )
+
+
+def _validation_text(session: Session) -> bytes:
+    """The text that the final validation's targets stand for."""
+    config, tokenizer = session.config, session.data.tokenizer
+    batches = validation_batches(
+        session.data.validation,
+        config.data.sequence_length,
+        config.train.micro_batch_size,
+        config.evaluate.final_batches,
+    )
+    return b"".join(tokenizer.decode_bytes(targets[targets != IGNORED_TARGET]) for _, targets in batches)
+
+
+def print_outcome(outcome: Outcome, console: Console) -> None:
+    """The loss curve, bits per byte beside gzip's and xz's, the samples, and where everything lies."""
+    steps, losses = zip(*outcome.losses, strict=True) if outcome.losses else ((), ())
+    width = min(console.width, 100)
+    colour = console.is_terminal and not console.no_color
+    console.print()
+    print(draw_loss_curve(steps, losses, outcome.validation_losses, width, colour), file=console.file)
+    directory = outcome.directory
+    print_summary(
+        console,
+        Summary(
+            validation_loss=outcome.validation.loss,
+            bits_per_byte=outcome.validation.bits_per_byte,
+            compression=outcome.compressors,
+            samples=[(sample.prompt, sample.text) for sample in outcome.samples],
+            places={
+                "run": str(directory),
+                "metrics": str(directory / "metrics.jsonl"),
+                "configuration": str(directory / "config.resolved.yaml"),
+                "checkpoint": str(outcome.checkpoint),
+                "write with it": f"albor generate {directory} --prompt 'def '",
+            },
+        ),
+    )

@@ -82,20 +82,20 @@ def train(
     Ctrl-C (or SIGTERM) saves a checkpoint and exits with 75; the same command then goes on, bit for bit.
     """
     from albor.configfile import dump_config, load_config
-    from albor.memory.estimate import check_fits, estimate, plan_for_training, render
+    from albor.memory.estimate import check_fits, plan_for_training
+    from albor.memory.report import render
 
     run = load_config(config, overrides or [])
     target = plan_for_training(run)
     console = _console(stderr=as_json)
     if dry_run:
-        answer = estimate(run, target=target)
         if as_json:
-            print(json.dumps({"config": run.model_dump(mode="json"), "plan": answer.as_json()}))
+            print(json.dumps({"config": run.model_dump(mode="json"), "plan": target.as_json()}))
         else:
             console.out(dump_config(run), highlight=False)
-            render(answer, console)
+            render(target, console)
         return
-    check_fits(run, target)  # before torch is imported, let alone a GPU touched
+    check_fits(target)  # before torch is imported, let alone a GPU touched
     if target.fallback:
         console.out(target.fallback, highlight=False)
 
@@ -142,7 +142,6 @@ def vram_estimate(
             capacity = parse_bytes(vram)
         except ValueError as error:
             raise ConfigError([Problem("--vram", str(error), where="command line")]) from error
-        capacity = int(capacity) if str(capacity).isdigit() else capacity
     run = load_config(config, overrides or [])
     raise typer.Exit(run_estimate(run, gpu, capacity, as_json, _console()))
 

@@ -41,12 +41,16 @@ _ENCODED_PART = 1 << 15
 # BPE trainer cannot address more than 65,535 characters in one word.
 _TRAINING_PART = 1 << 12
 
-# Chosen by bits per byte, not by bytes per token, which point in opposite directions here. The Python library,
-# vocabulary 4096, a model of 2.3M parameters after 400 steps of 2,048 tokens (bytes per token, bits per byte):
-#     lines, digits split 3.13, 2.499     lines 3.21, 2.512     pieces over line ends 3.41, 2.593
-#     pieces over scripts 3.75, 2.688     pieces over spaces 3.82, 2.618     over both 4.23, 2.677
-# After 1,000 steps the first two stand at 2.247 and 2.287. So a piece stays within a line, a word and a script,
-# a digit is a piece of its own, and runs of spaces are pieces, as indented code needs.
+# Chosen by bits per byte, not by bytes per token, which point in opposite directions here. On the Python
+# library, with vocabulary 4096 and a model of 2.3M parameters after 400 steps of 2,048 tokens:
+#
+#     bytes per token, bits per byte                          bytes per token, bits per byte
+#     lines, digits split    3.13, 2.499                      pieces over scripts    3.75, 2.688
+#     lines                  3.21, 2.512                      pieces over spaces     3.82, 2.618
+#     pieces over line ends  3.41, 2.593                      over both              4.23, 2.677
+#
+# After 1,000 steps the first two stand at 2.247 and 2.287. So a piece stays within a line, a word and a
+# script, a digit is a piece of its own, and runs of spaces are pieces, as indented code needs.
 _TRAINER_OPTIONS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,

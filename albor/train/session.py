@@ -125,6 +125,9 @@ def open_session(
     source: Path | None,
 ) -> Session:
     """Allocates the plan, and fills it from the checkpoint `source`, or with initial weights."""
+    if device == "cuda" and not torch.cuda.is_available():
+        remedy = "install a driver that PyTorch finds, or set device to cpu"
+        raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
     if source is not None:
         check_resumable(config, load_config(source / "config.yaml"), source)
     arena = Arena(plan, device)

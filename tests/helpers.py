@@ -1,4 +1,4 @@
-"""What several tests build: small configurations, poisoned trainers, batches, and the oracle with the same weights."""
+"""What several tests build: small configurations, poisoned trainers, batches, and the oracle."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def make_config(*, seed: int = 1337, **keys: Any) -> RunConfig:
 def make_trainer(
     config: RunConfig, dtype: str = "float64", *, poison: bool = True, accumulator: Any = None
 ) -> Trainer:
-    """A CPU trainer that computes in `dtype`, with initial weights; every buffer is NaN until someone writes it."""
+    """A CPU trainer that computes in `dtype`, with initial weights; any other buffer is NaN until written."""
     return trainer_over(config, plan_training(config, "cpu", dtype, accumulator), poison=poison)
 
 
 def trainer_over(config: RunConfig, plan: MemoryPlan, *, poison: bool = True) -> Trainer:
+    """`make_trainer` over a plan of the caller's own."""
     arena = Arena(plan, poison=poison)
     initialise(arena, Architecture.from_config(config.model), config.seed)
     return Trainer(config, arena)

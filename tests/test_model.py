@@ -103,7 +103,7 @@ def test_the_cases_reach_beyond_one_chunk():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_recompute_modes_give_the_same_bits(dtype: str):
-    """A recomputed activation is the one that was thrown away, so that the modes trade memory for time and no more."""
+    """A recomputed activation is the one that was thrown away: the modes trade memory for time and no more."""
     outcomes = []
     for recompute in RECOMPUTE:
         config = make_config(
@@ -187,7 +187,7 @@ def test_poison_shows_a_write_that_is_lost(operation: str, monkeypatch: pytest.M
     "buffer", ["blocks.00.input", "blocks.00.qkv", "blocks.01.gate_up", "blocks.01.middle"]
 )
 def test_a_lifetime_that_is_too_short_shows_in_the_gradient(buffer: str):
-    """A kept activation that the planner took for dead in the head's phase, and whose place the head then poisons."""
+    """A kept activation that the planner took for dead in the head's phase, whose place the head then takes."""
     config = make_config()
     good = plan.plan_training(config, "cpu", "float64")
     offset = next(b.offset for b in good.buffers if b.name == "head.logits")
@@ -217,7 +217,7 @@ def test_evaluation_losses_are_the_training_losses(keys: dict, dtype: str):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_bf16_gradients_point_where_the_true_ones_do(tied: bool, recompute: str):
-    """Against float64 at the same rounded weights, every parameter. A wrong term anywhere costs more than rounding."""
+    """Against float64 at the same rounded weights. A wrong term anywhere costs more than rounding."""
     keys = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 101, "sequence_length": 64}
     config = make_config(**keys, initializer_range=0.05, tie_word_embeddings=tied, recompute=recompute)
     trainer = make_trainer(config, "bfloat16")
@@ -288,7 +288,7 @@ def test_equals_transformers_llama(tied: bool, kv_heads: int):
 
 
 def test_initial_weights_have_the_configured_moments():
-    """Mean 0, the configured deviation, smaller by sqrt(2 * layers) where a projection adds to the residual stream."""
+    """Mean 0 and the configured deviation; by sqrt(2 * layers) less for what adds to the residual stream."""
     config = make_config(
         hidden_size=128, intermediate_size=192, num_hidden_layers=3, vocab_size=300, initializer_range=0.03
     )
@@ -306,7 +306,7 @@ def test_initial_weights_have_the_configured_moments():
 
 
 def test_initial_weights_follow_from_the_seed_and_the_name_alone():
-    """A parameter draws the same numbers whatever else the model has, so that two architectures compare fairly."""
+    """A parameter draws the same numbers whatever else the model has: architectures compare fairly."""
     weights = weights_of(make_trainer(make_config()))
     again = weights_of(make_trainer(make_config(), "bfloat16"))
     other_shapes = weights_of(make_trainer(make_config(intermediate_size=77, tie_word_embeddings=False)))

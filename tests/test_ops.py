@@ -98,7 +98,7 @@ def test_embedding_backward_adds_to_what_is_there(empty: Empty, lowest: int):
 
 
 def test_embedding_backward_in_bf16_rounds_once_per_token(empty: Empty):
-    """900 rows for 2 tokens: a bf16 running sum would stand still at 256; this is as near as bf16 can write it."""
+    """900 rows for 2 tokens: a running sum in bf16 would stand still at 512; this is as near as bf16 gets."""
     tokens, d_out = randint(2, 900), 1 + randn(900, 22).abs().to(torch.bfloat16)
     d_weight = empty(37, 22, dtype=torch.bfloat16).zero_()
     run_embedding_backward(empty, tokens, d_out, d_weight, "bfloat16")

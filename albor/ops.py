@@ -265,6 +265,11 @@ def _grouped(heads: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return heads.view(batch, length, kv_heads, count // kv_heads, head_dim).permute(0, 2, 3, 1, 4)
 
 
+def _packed(part: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in `scratch`: oneDNN's bf16 GEMM would make one of its own."""
+    return _shaped(scratch, *part.shape).copy_(part)
+
+
 def _attention_weights(
     query: torch.Tensor, key: torch.Tensor, start: int, work: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,12 +301,12 @@ def attention_forward(
     out_heads = _grouped(out.view(*query.shape[:1], length, -1, head_dim), kv_heads)
     group = query.shape[2]
     for b in range(query.shape[0]):
-        keys, values = work.key.copy_(key[b]), work.value.copy_(value[b])
         for block in _chunks(length, QUERY_BLOCK):
             rows, stop = block.stop - block.start, block.stop
-            weights, _ = _attention_weights(query[b, :, :, block], keys[:, :stop], block.start, work)
+            keys, values = _packed(key[b, :, :stop], work.key), _packed(value[b, :, :stop], work.value)
+            weights, _ = _attention_weights(query[b, :, :, block], keys, block.start, work)
             mixed = _shaped(work.d_query, kv_heads, group * rows, head_dim)
-            torch.bmm(weights, values[:, :stop], out=mixed)
+            torch.bmm(weights, values, out=mixed)
             out_heads[b, :, :, block].copy_(mixed.view(kv_heads, group, rows, head_dim))
 
 
@@ -353,10 +358,10 @@ def attention_backward(
     d_out_heads = _grouped(d_out.view(query.shape[0], length, -1, head_dim), kv_heads)
     group = query.shape[2]
     for b in range(query.shape[0]):
-        keys, values = work.key.copy_(key[b]), work.value.copy_(value[b])
         for block in _chunks(length, QUERY_BLOCK):
             rows, stop = block.stop - block.start, block.stop
-            weights, flat_query = _attention_weights(query[b, :, :, block], keys[:, :stop], block.start, work)
+            keys, values = _packed(key[b, :, :stop], work.key), _packed(value[b, :, :stop], work.value)
+            weights, flat_query = _attention_weights(query[b, :, :, block], keys, block.start, work)
             upstream = _shaped(work.d_out, kv_heads, group, rows, head_dim)
             upstream.copy_(d_out_heads[b, :, :, block])
             upstream = upstream.view(kv_heads, group * rows, head_dim)
@@ -365,12 +370,12 @@ def attention_backward(
 
             torch.bmm(weights.transpose(1, 2), upstream, out=part)
             _add_key_gradient(part, d_value[b], work.d_value_sum, block, length, work)
-            torch.bmm(upstream, values[:, :stop].transpose(1, 2), out=d_scores)
+            torch.bmm(upstream, values.transpose(1, 2), out=d_scores)
             aten._softmax_backward_data.out(d_scores, weights, -1, weights.dtype, grad_input=d_scores)
             torch.baddbmm(part, d_scores.transpose(1, 2), flat_query, beta=0, alpha=scale, out=part)
             _add_key_gradient(part, d_key[b], work.d_key_sum, block, length, work)
             d_rows = _shaped(work.d_query, kv_heads, group * rows, head_dim)
-            torch.baddbmm(d_rows, d_scores, keys[:, :stop], beta=0, alpha=scale, out=d_rows)
+            torch.baddbmm(d_rows, d_scores, keys, beta=0, alpha=scale, out=d_rows)
             d_query[b, :, :, block].copy_(d_rows.view(kv_heads, group, rows, head_dim))
 
 

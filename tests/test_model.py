@@ -103,7 +103,7 @@ def test_the_cases_reach_beyond_one_chunk():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_recompute_modes_give_the_same_bits(dtype: str):
-    """A recomputed activation is the one that was thrown away: the modes trade memory for time and no more."""
+    """A recomputed activation is the one that was thrown away: the modes trade memory for time alone."""
     outcomes = []
     for recompute in RECOMPUTE:
         config = make_config(
@@ -187,7 +187,7 @@ def test_poison_shows_a_write_that_is_lost(operation: str, monkeypatch: pytest.M
     "buffer", ["blocks.00.input", "blocks.00.qkv", "blocks.01.gate_up", "blocks.01.middle"]
 )
 def test_a_lifetime_that_is_too_short_shows_in_the_gradient(buffer: str):
-    """A kept activation that the planner took for dead in the head's phase, whose place the head then takes."""
+    """A kept activation that the planner took for dead in the head's phase, and the head took its place."""
     config = make_config()
     good = plan.plan_training(config, "cpu", "float64")
     offset = next(b.offset for b in good.buffers if b.name == "head.logits")

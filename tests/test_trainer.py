@@ -1,4 +1,4 @@
-"""The step around the model: accumulation, clipping, AdamW, the schedule and the guard, against torch's own."""
+"""The step around the model: accumulation, clipping, AdamW, schedule and guard, against torch's own."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_sums_on_the_host_and_on_the_device_have_the_same_bits(dtype: str):
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.1, 1e6], ids=["off", "clips", "does-not-clip"])
 def test_clipping_equals_clip_grad_norm(grad_clip: float, monkeypatch: pytest.MonkeyPatch):
-    """The norm is the global one over all parameters, and what the optimizer gets is torch's clipped gradient."""
+    """The norm is over all parameters, and what the optimizer gets is torch's clipped gradient."""
     config = make_config(grad_clip=grad_clip, gradient_accumulation_steps=2)
     trainer = make_trainer(config)
     scales: list[float] = []

@@ -1,6 +1,5 @@
 """Preparation: the whole way from files to streams, the cache, and what a crash or a race may leave."""
 
-import fcntl
 import itertools
 import json
 import os
@@ -11,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from albor.config import PythonStdlibSource, RunConfig
+from albor.config import RunConfig
 from albor.data import cache as cache_module
 from albor.data import prepare as prepare_module
 from albor.data import sources
-from albor.data.cache import Cache
 from albor.data.prepare import check_horizon, is_held_out, prepare, prepare_tokenizer
 from albor.data.shards import ShardWriter
 from albor.data.tokenizer import Tokenizer
@@ -188,6 +186,13 @@ def test_what_the_tokens_depend_on_makes_new_ones(make_config, change, work):
     assert "train" in work
 
 
+def test_another_held_out_share_with_the_same_tokenizer(make_config):
+    tokenizer = {"path": str(prepare(make_config()).tokenizer_path)}
+    for fraction in (0.1, 0.4):
+        validation = prepare(make_config(tokenizer=tokenizer, validation_fraction=fraction)).validation
+        assert validation.documents == sum(is_held_out(text, fraction) for text in TEXTS)
+
+
 def test_a_damaged_memory_of_hashes_is_only_slow(make_config, tmp_path):
     first = prepare(make_config())
     for content in ("{", "[]"):
@@ -203,6 +208,17 @@ def test_damage_in_the_cache_is_named(make_config):
         with pytest.raises(DataError, match=path.name):
             prepare(make_config())
         path.write_bytes(good)
+    other = Tokenizer.train(TEXTS[1:], 320)
+    prepared.tokenizer_path.write_bytes(other.model)
+    with pytest.raises(DataError, match=r"SHA-256 of tokenizer.model differs"):
+        prepare(make_config())
+    prepared.tokenizer_path.write_bytes(prepared.tokenizer.model)
+    manifest_path = prepared.paths[0] / "validation" / "manifest.json"
+    manifest = manifest_path.read_text()
+    manifest_path.write_text(manifest.replace(prepared.tokenizer.sha256, other.sha256))
+    with pytest.raises(DataError, match=r"validation was made with another tokenizer"):
+        prepare(make_config())
+    manifest_path.write_text(manifest)
     (prepared.paths[0] / "report.json").write_text("{")
     with pytest.raises(DataError, match=r"report.json is damaged"):
         prepare(make_config())
@@ -344,16 +360,6 @@ def test_a_kill_at_any_moment_leaves_nothing_that_is_taken_for_complete(make_con
     assert len(statuses) > 15
 
 
-def test_the_slower_of_two_processes_uses_the_entry_of_the_faster(tmp_path):
-    def write_after_another(directory):
-        Cache(tmp_path).entry("entry", lambda path: (path / "file").write_text("first") and None)
-        (directory / "file").write_text("second")
-
-    path = Cache(tmp_path).entry("entry", write_after_another)
-    assert (path / "file").read_text() == "first"
-    assert [child.name for child in tmp_path.iterdir()] == ["entry"]
-
-
 def test_two_processes_at_once(make_config, tmp_path):
     config = make_config()
     children = []
@@ -372,43 +378,10 @@ def test_two_processes_at_once(make_config, tmp_path):
     assert results == [prepare(config).sha256] * 3
 
 
-def test_what_killed_processes_left_is_removed_and_what_live_ones_write_is_not(tmp_path):
-    abandoned, live, young = (tmp_path / f".writing-{name}" for name in ("abandoned", "live", "young"))
-    for path in (abandoned, live, young):
-        path.mkdir()
-        (path / "file").touch()
-    for path in (abandoned, live):
-        os.utime(path, (time.time() - 3600,) * 2)
-    handle = os.open(live, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        Cache(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-live", ".writing-young"]
-    finally:
-        os.close(handle)
-
-
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_remedy(make_config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data.cache_dir .*set it to a directory that you can write to"):
         prepare(make_config(cache_dir=str(tmp_path / "file" / "cache")))
-
-
-def test_an_entry_that_fails_leaves_nothing(tmp_path):
-    def fail(directory):
-        (directory / "half").touch()
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(DataError, match="entry cannot be written: No space left on device"):
-        Cache(tmp_path).entry("entry", fail)
-    assert not list(tmp_path.iterdir())
-
-
-def test_fingerprints_depend_on_options_that_change_the_text(tmp_path):
-    stdlib = PythonStdlibSource(kind="python-stdlib")
-    fingerprint = Cache(tmp_path).fingerprint(stdlib)
-    assert Cache(tmp_path).fingerprint(stdlib.model_copy(update={"weight": 3.0})) == fingerprint
-    assert Cache(tmp_path).fingerprint(stdlib.model_copy(update={"max_bytes": 1000})) != fingerprint
 
 
 @pytest.mark.slow

@@ -198,6 +198,13 @@ def test_a_manifest_that_is_none_is_refused(shards, content):
         TokenStream.open(shards)
 
 
+def test_document_offsets_that_do_not_end_with_the_stream_are_refused(shards):
+    path = shards / "documents.npy"
+    np.save(path, np.load(path) + 1)
+    with pytest.raises(DataError, match="does not agree"):
+        TokenStream.open(shards, "size")
+
+
 def test_a_pickled_array_is_refused(shards):
     np.save(shards / "tokens-00000.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"tokens-00000.npy"):

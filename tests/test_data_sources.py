@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -83,6 +85,30 @@ def test_unusable_files_are_counted_and_named(tmp_path):
     assert "1 not UTF-8: latin.txt" in report.lines()
 
 
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """By a stand-in for the system's refusal, because tests may run as root, whom nothing is refused."""
+    for name in ("open/a.txt", "closed/b.txt", "open/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    scandir, read_bytes = os.scandir, Path.read_bytes
+
+    def refuse_folder(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    def refuse_file(path):
+        if path.name == "c.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_folder)
+    monkeypatch.setattr(Path, "read_bytes", refuse_file)
+    documents, report = read(files_source(tmp_path))
+    assert documents == [("open/a.txt", "open/a.txt")]
+    assert report.skipped[sources.UNREADABLE].names == ["closed", "open/c.txt"]
+
+
 def test_counts_are_exact_where_names_are_cut(tmp_path):
     for number in range(50):
         (tmp_path / f"{number:02d}.txt").touch()
@@ -126,11 +152,18 @@ def test_json_lines_and_what_is_wrong_with_them(tmp_path):
 
 
 def test_a_damaged_gz_gives_what_can_be_read_and_is_named(tmp_path):
-    rows = b"".join(json.dumps({"text": os.urandom(50).hex()}).encode() + b"\n" for _ in range(2000))
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(rows)[:-5000])
-    documents, report = read(JsonlSource(kind="jsonl", path=str(tmp_path)))
-    assert 0 < len(documents) < 2000
-    assert counts(report) == {sources.UNREADABLE: 1}
+    random = Random(0)
+    rows = b"".join(json.dumps({"text": random.randbytes(50).hex()}).encode() + b"\n" for _ in range(2000))
+    packed = gzip.compress(rows)
+    for damaged, some in (
+        (packed[:-5000], True),  # ends too early
+        (packed[:-8] + bytes(8), True),  # the checksum does not match
+        (packed[:12] + b"\xff" * 64 + packed[76:], False),  # not even a compressed stream
+    ):
+        (tmp_path / "damaged.jsonl.gz").write_bytes(damaged)
+        documents, report = read(JsonlSource(kind="jsonl", path=str(tmp_path)))
+        assert bool(documents) == some
+        assert report.skipped[sources.UNREADABLE].names == ["damaged.jsonl.gz"]
 
 
 def test_parquet(tmp_path):

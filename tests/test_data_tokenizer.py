@@ -36,7 +36,7 @@ NASTY = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(CODE, 500)
+    return Tokenizer.train(CODE, 420)
 
 
 def check_lossless(tokenizer, text):
@@ -68,12 +68,12 @@ def test_a_batch_is_its_texts_one_by_one(tokenizer):
 
 
 def test_every_token_is_the_bytes_that_it_counts(tokenizer):
-    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,) == (500,)
+    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,) == (420,)
     for token in range(tokenizer.vocab_size):
         assert len(tokenizer.decode_bytes([token])) == tokenizer.token_bytes[token]
     assert tokenizer.token_bytes[tokenizer.end_of_document_id] == 0
-    assert sum(tokenizer.is_byte(token) for token in range(500)) == 256
-    assert sorted(tokenizer.decode_bytes([t]) for t in range(500) if tokenizer.is_byte(t)) == [
+    assert sum(tokenizer.is_byte(token) for token in range(420)) == 256
+    assert sorted(tokenizer.decode_bytes([t]) for t in range(420) if tokenizer.is_byte(t)) == [
         bytes([b]) for b in range(256)
     ]
 
@@ -92,22 +92,29 @@ def test_end_of_document(tokenizer):
     assert tokenizer.decode(ids) == "text"
 
 
-def test_runs_of_spaces_are_pieces_and_line_ends_stand_alone(tokenizer):
+def test_runs_of_spaces_are_pieces_and_line_ends_and_digits_stand_alone(tokenizer):
     pieces = [tokenizer.decode_bytes([token]) for token in tokenizer.encode("\n        return self")]
     assert len(pieces) <= 5
-    assert not any(b"\n" in tokenizer.decode_bytes([token]).strip(b"\n") for token in range(500))
+    assert not any(b"\n" in tokenizer.decode_bytes([token]).strip(b"\n") for token in range(420))
     assert pieces[0] == b"\n"
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("1999")] == ["1", "9", "9", "9"]
 
 
 def test_training_twice_gives_the_same_file(tokenizer):
-    assert Tokenizer.train(iter(CODE), 500).sha256 == tokenizer.sha256
-    assert Tokenizer.train(CODE[1:], 500).sha256 != tokenizer.sha256
+    assert Tokenizer.train(iter(CODE), 420).sha256 == tokenizer.sha256
+    assert Tokenizer.train(CODE[1:], 420).sha256 != tokenizer.sha256
 
 
 def test_long_lines_without_spaces_and_odd_texts_can_be_trained_on():
     trained = Tokenizer.train([*CODE, "xy" * 200_000, "\0", "\u2581" * 9, "\n\n", "tab\ttab", ""], 400)
     assert trained.vocab_size == 400
     check_lossless(trained, "xyxyxyxy\0\u2581")
+
+
+def test_long_lines_of_wide_characters_are_trained_on():
+    """SentencePiece leaves out longer sentences in silence, unless it is told not to."""
+    trained = Tokenizer.train([*CODE, "語彙" * 20_000], 400)
+    assert len(trained.encode("語彙語彙語彙語彙")) < 8
 
 
 def test_the_vocabulary_is_exact_or_the_error_says_which_would_work():
@@ -132,7 +139,7 @@ def test_nothing_to_train_on(texts):
 def test_saving_and_loading(tokenizer, tmp_path):
     (tmp_path / "a.model").write_bytes(tokenizer.model)
     loaded = Tokenizer.load(tmp_path / "a.model")
-    assert (loaded.sha256, loaded.vocab_size) == (tokenizer.sha256, 500)
+    assert (loaded.sha256, loaded.vocab_size) == (tokenizer.sha256, 420)
     np.testing.assert_array_equal(loaded.encode(CODE[5]), tokenizer.encode(CODE[5]))
 
 
@@ -202,10 +209,10 @@ def test_a_sample_is_spread_over_all_documents_and_bounded():
 def test_inspect(tokenizer):
     found = inspect(tokenizer, CODE)
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(CODE))
-    assert found["vocab_size"] == 500
+    assert found["vocab_size"] == 420
     assert found["sha256"] == tokenizer.sha256
     assert (found["documents"], found["tokens"]) == (200, tokens)
-    assert found["bytes_per_token"] == sum(len(text.encode()) for text in CODE) / tokens > 3
+    assert found["bytes_per_token"] == sum(len(text.encode()) for text in CODE) / tokens > 2
     assert 0 < found["byte_fallback_share"] < 0.2  # line ends
     lengths = [len(piece.encode()) for piece in found["longest"]]
     assert lengths == sorted(lengths, reverse=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from albor.config import Source
-from albor.data.sources import list_files
+from albor.data.sources import SourceFile, list_files
 from albor.errors import DataError
 
 _TEMPORARY = ".writing-"
@@ -61,7 +61,7 @@ class Cache:
         if files is None:
             return digest(source.model_dump(exclude={"weight"}))
         before = dict(self._hashes)
-        content = [(file.name, self._file_sha256(file.path)) for file in files]
+        content = [(file.name, self._file_sha256(file)) for file in files]
         if self._hashes != before:
             self._save_hashes()
         # A weight changes the mix and a moved folder nothing, so neither is a reason to tokenise again.
@@ -91,19 +91,19 @@ class Cache:
             ) from error
         return final
 
-    def _file_sha256(self, path: Path) -> str | None:
+    def _file_sha256(self, file: SourceFile) -> str | None:
         """The content's hash, remembered while the file is unchanged; None for a file that cannot be read."""
-        try:
-            status = path.stat()
-            if not path.is_file():
-                return None
-            identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            key = str(path.absolute())
-            known = self._hashes.get(key)
-            if known is None or known[:-1] != identity:
-                self._hashes[key] = known = [*identity, file_sha256(path)]
-        except OSError:
+        status = file.status()
+        if status is None:
             return None
+        identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        key = str(file.path.absolute())
+        known = self._hashes.get(key)
+        if known is None or known[:-1] != identity:
+            try:
+                self._hashes[key] = known = [*identity, file_sha256(file.path)]
+            except OSError:
+                return None
         return str(known[-1])
 
     def _save_hashes(self) -> None:

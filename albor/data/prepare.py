@@ -213,8 +213,8 @@ def _with_progress(
 ) -> Iterator[Document]:
     total = source.max_bytes
     if isinstance(source, PythonStdlibSource | FilesSource):  # elsewhere a file's size is not its text's
-        files = list_files(source) or []
-        size = sum(file.path.stat().st_size for file in files if file.path.is_file())
+        statuses = [file.status() for file in list_files(source) or []]
+        size = sum(status.st_size for status in statuses if status is not None)
         total = size if total is None else min(size, total)
     for document in read_documents(source, report):
         progress(stage, report.text_bytes, total)

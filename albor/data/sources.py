@@ -11,6 +11,7 @@ import glob
 import gzip
 import json
 import os
+import stat
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -54,6 +55,14 @@ class SourceFile:
 
     name: str
     path: Path
+
+    def status(self) -> os.stat_result | None:
+        """Size, times and inode; None for what cannot be reached or is no file (a pipe would block)."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status if stat.S_ISREG(status.st_mode) else None
 
 
 @dataclass
@@ -178,8 +187,13 @@ def list_files(source: Source) -> list[SourceFile] | None:
 
 
 def _walk(root: Path, skipped_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
-    found = []
-    for folder, subfolders, names in os.walk(root):
+    found: list[Path] = []
+
+    def keep(error: OSError) -> None:
+        """A folder that cannot be listed stands for what is in it, and is reported as unreadable."""
+        found.append(Path(error.filename))
+
+    for folder, subfolders, names in os.walk(root, onerror=keep):
         subfolders[:] = [
             name for name in subfolders if not name.startswith(".") and name not in skipped_folders
         ]
@@ -200,7 +214,7 @@ def _texts(source: Source, report: SourceReport) -> Iterator[tuple[str, Any]]:
         yield from _hub_rows(source)
         return
     for file in list_files(source) or []:
-        if not file.path.is_file():  # a broken link, or a pipe that would block for ever
+        if file.status() is None:
             report.skip(UNREADABLE, file.name)
             continue
         try:

@@ -24,7 +24,7 @@ import re
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -263,15 +263,19 @@ def _report_skipped(path: Path, reason: str) -> None:
     warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=3)
 
 
-def find_latest(checkpoints_dir: Path, on_skip: Callable[[Path, str], None] = _report_skipped) -> Path | None:
-    """The checkpoint with the highest step that verifies, or None if there is none.
+def find_latest(
+    checkpoints_dir: Path,
+    on_skip: Callable[[Path, str], None] = _report_skipped,
+    only: Collection[str] | None = None,
+) -> Path | None:
+    """The checkpoint with the highest step that verifies (`only` as in `verify`), or None if there is none.
 
     Each newer one that does not verify is passed to `on_skip` with the reason (by default a warning): going
     back further than a person expects must be seen.
     """
     for path in reversed(list_checkpoints(checkpoints_dir)):
         try:
-            verify(path)
+            verify(path, only)
         except CheckpointError as error:
             on_skip(path, str(error))
         else:
@@ -279,16 +283,20 @@ def find_latest(checkpoints_dir: Path, on_skip: Callable[[Path, str], None] = _r
     return None
 
 
-def resolve(path: Path, on_skip: Callable[[Path, str], None] = _report_skipped) -> Path:
+def resolve(
+    path: Path,
+    on_skip: Callable[[Path, str], None] = _report_skipped,
+    only: Collection[str] | None = None,
+) -> Path:
     """The verified checkpoint that `path` means: a checkpoint itself, or the newest of a run or a checkpoints
     directory. Raises `CheckpointError` if there is none."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; give a run, or one of its checkpoints")
     if (path / MANIFEST).exists() or _STEP_NAME.fullmatch(path.name):
-        verify(path)
+        verify(path, only)
         return path
     checkpoints_dir = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    latest = find_latest(checkpoints_dir, on_skip)
+    latest = find_latest(checkpoints_dir, on_skip, only)
     if latest is None:
         raise CheckpointError(f"{path}: holds no complete checkpoint")
     return latest

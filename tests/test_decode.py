@@ -16,7 +16,7 @@ from albor.model.parameters import named_tensors
 from albor.model.transformer import Transformer
 
 SHAPES = {
-    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "grouped": {"num_key_value_heads": 2},
     "one key head": {"num_attention_heads": 6, "num_key_value_heads": 1, "tie_word_embeddings": False},
     "ungrouped, odd sizes": {
         "hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3,
@@ -29,8 +29,8 @@ CHUNK = 7  # the training sequence, and so the rows of a prompt that are read at
 
 def make_config(shape: dict[str, object], prompts: tuple[str, ...] = ()) -> RunConfig:
     model = {
-        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 96,
-        "max_position_embeddings": CONTEXT, **shape,
+        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "vocab_size": 96, "max_position_embeddings": CONTEXT, **shape,
     }  # fmt: skip
     return RunConfig.model_validate({
         "name": "test",

@@ -43,10 +43,10 @@ def generate(
 ) -> Generation:
     """Goes on from `prompt` for at most `max_tokens` tokens, chosen as `albor.generate.sampler.sample` does.
 
-    The prompt is read as the beginning of a document, which in training follows an end-of-document token; so an
-    empty one begins a document of the model's own. `on_text` gets the text in pieces as it becomes certain, and they
-    join to the result's. Equal arguments give equal tokens. Raises ContextFull for a prompt that is too long, and
-    ConfigError for settings that mean nothing.
+    The prompt is read as the beginning of a document, which in training follows an end-of-document token; so
+    an empty one begins a document of the model's own. `on_text` gets the text in pieces as it becomes
+    certain, and they join to the result's. Equal arguments give equal tokens. Raises ContextFull for a prompt
+    that is too long, and ConfigError for settings that mean nothing.
     """
     began = time.perf_counter()
     check_settings(temperature, top_k, top_p)

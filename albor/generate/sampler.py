@@ -39,22 +39,24 @@ def sample(
 ) -> int:
     """The token at `uniform` in [0, 1) of the distribution that logits (V,) give.
 
-    Temperature 0 means the likeliest token. `top_k` keeps the k likeliest; of these `top_p` keeps the fewest that
-    have that share of the probability, and one at least. None keeps all; of equal logits the lower id comes first.
-    Arithmetic is in float64. Raises NotFinite where a logit is NaN or infinite.
+    Temperature 0 means the likeliest token. `top_k` keeps the k likeliest; of these `top_p` keeps the fewest
+    that have that share of the probability, and one at least. None keeps all; of equal logits the lower id
+    comes first. Arithmetic is in float64. Raises NotFinite where a logit is NaN or infinite.
     """
     scores = logits.to("cpu", torch.float64).numpy()
     if not np.isfinite(scores).all():
         token = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise NotFinite(
-            f"the model's logit for token {token} is {scores[token]}; its weights are damaged, or its training "
-            "diverged: use an earlier checkpoint"
+            f"the model's logit for token {token} is {scores[token]}; its weights are damaged, or its "
+            "training diverged: use an earlier checkpoint"
         )
     if temperature == 0:
         return int(scores.argmax())
-    tokens = None  # the ids that scores belong to, likeliest first; None: all, as they are
+    tokens = np.arange(scores.size)
+    if top_k is not None and top_k < scores.size:  # the k likeliest and what equals them: far fewer to sort
+        tokens = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])
     if top_k is not None or top_p is not None:
-        tokens = np.argsort(-scores, kind="stable")[:top_k]
+        tokens = tokens[np.argsort(-scores[tokens], kind="stable")][:top_k]
         scores = scores[tokens]
     with np.errstate(over="ignore"):  # a tiny temperature: exp(-inf) is the right 0
         cumulative = np.exp((scores - scores.max()) / temperature).cumsum()
@@ -62,7 +64,9 @@ def sample(
         kept = np.searchsorted(cumulative, top_p * cumulative[-1]) + 1
         cumulative = cumulative[:kept]
     total = cumulative[-1]
-    # The first token at which the sum exceeds the target, so that one without probability is never drawn; where
-    # rounding lifts the target to the total, the first that reaches it.
-    place = min(np.searchsorted(cumulative, uniform * total, side="right"), np.searchsorted(cumulative, total))
-    return int(place if tokens is None else tokens[place])
+    # The first token at which the sum exceeds the target, so that one without probability is never drawn;
+    # where rounding lifts the target to the total, the first that reaches it.
+    place = min(
+        np.searchsorted(cumulative, uniform * total, side="right"), np.searchsorted(cumulative, total)
+    )
+    return int(tokens[place])

@@ -1,0 +1,56 @@
+"""A trained model, ready to evaluate or to write, from a run or a checkpoint directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from albor import checkpoint
+from albor.architecture import Architecture
+from albor.config import RunConfig
+from albor.configfile import load_config
+from albor.data.tokenizer import Tokenizer
+from albor.errors import CheckpointError
+from albor.memory.arena import Arena
+from albor.memory.devices import compute_dtype
+from albor.memory.plan import plan_inference
+from albor.model.parameters import named_tensors
+from albor.model.transformer import Transformer
+
+_CONFIG, _TOKENIZER, _WEIGHTS = "config.yaml", "tokenizer.model", "weights"
+_READ = (_CONFIG, _TOKENIZER, f"{_WEIGHTS}.safetensors")
+
+
+class Loaded(NamedTuple):
+    """A model for inference, with the configuration that it was trained by."""
+
+    config: RunConfig
+    model: Transformer
+    tokenizer: Tokenizer
+    arena: Arena
+
+
+def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "auto") -> Loaded:
+    """The newest checkpoint of the run at `path`, or the checkpoint `path` itself; what is read is verified.
+
+    It need not have been trained on this machine: `auto` is CUDA if there is a GPU, and weights are rounded
+    where another dtype is computed in here. Raises CheckpointError where there is no intact checkpoint.
+    """
+    directory = checkpoint.resolve(path, only=_READ)
+    config = load_config(directory / _CONFIG)
+    tokenizer = Tokenizer.load(directory / _TOKENIZER)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, and the model only "
+            f"{config.model.vocab_size}"
+        )
+    place: Literal["cuda", "cpu"] = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    # The CPU has no fp16 arithmetic worth the name, but may well write with what was trained in it.
+    precision = "fp32" if place == "cpu" and config.train.precision == "fp16" else config.train.precision
+    architecture = Architecture.from_config(config.model)
+    arena = Arena(plan_inference(config, place, compute_dtype(precision, place)), place)
+    weights = named_tensors(arena["weights"], architecture)
+    checkpoint.load(directory, {_WEIGHTS: weights}, partial=True, convert=True)
+    return Loaded(config, Transformer(architecture, arena, config.data.sequence_length), tokenizer, arena)

@@ -1,0 +1,10 @@
+"""One thread for the arithmetic of every test, subprocesses included: the models are tiny, the bits do not depend on
+the machine's cores, and a busy neighbour does not stall each small operation at its barrier."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)

@@ -236,8 +236,8 @@ def test_attention(empty: Empty, heads: int, kv_heads: int, length: int):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_finite_at_large_scores(empty: Empty, dtype: torch.dtype):
-    """Scores of some 1e6: the softmax is one-hot, and nothing overflows in either direction."""
+def test_attention_at_large_scores_is_finite_and_causal(empty: Empty, dtype: torch.dtype):
+    """Scores of some 1e6: the softmax is one-hot, nothing overflows, and the mask is below all of them."""
     qkv, d_out = 1e3 * randn(300, 24, dtype=dtype), 1e3 * randn(300, 12, seed=1, dtype=dtype)
     keys = {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "sequence_length": 300}
     work = workspace(str(dtype).removeprefix("torch."), **keys)
@@ -247,6 +247,10 @@ def test_attention_is_finite_at_large_scores(empty: Empty, dtype: torch.dtype):
     assert out.isfinite().all()
     assert out.abs().max() <= qkv.abs().max()
     assert d_qkv.isfinite().all()
+    past = out[:150].clone()
+    qkv[150:] *= -2
+    ops.attention_forward(qkv, out, 300, 1, 6, work)
+    assert torch.equal(out[:150], past)
 
 
 # SwiGLU

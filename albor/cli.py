@@ -1,4 +1,6 @@
-"""The command line. Every command imports what it needs inside, so that `albor vram-estimate` answers at once."""
+"""The command line. Every command imports what it needs inside, so that `albor vram-estimate` answers at
+once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,14 +30,21 @@ tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_hel
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the file: optimizer.lr=3e-4", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Replace keys of the file: optimizer.lr=3e-4", show_default=False
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
+]
 RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", show_default=False)
+    Path,
+    typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", show_default=False),
 ]
 
 
@@ -63,12 +73,13 @@ def train(
         str,
         typer.Option(
             metavar="auto|never|PATH",
-            help="auto: go on from the run's newest checkpoint, or start; never: start, and refuse if there is one; "
-            "PATH: go on from that checkpoint or run.",
+            help="auto: go on from the run's newest checkpoint, or start; never: start, and refuse if there "
+            "is one; PATH: go on from that checkpoint or run.",
         ),
     ] = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and the memory plan; do nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the resolved configuration and the memory plan; do nothing."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,24 +129,28 @@ def vram_estimate(
     config: ConfigPath,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Hold the plan against this card.")] = None,
-    vram: Annotated[str | None, typer.Option(metavar="SIZE", help="Hold it against this much memory: 24GiB")] = None,
+    vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Hold it against this much memory: 24GiB")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will allocate, to the byte, and whether it fits. Needs no GPU, and touches none.
 
     \b
     albor vram-estimate configs/pretrain-350m.yaml --gpu "RTX 4090"
-    albor vram-estimate configs/pretrain-350m.yaml --vram 24GiB data.sequence_length=2048
+    albor vram-estimate configs/pretrain-350m.yaml --vram 8GiB model.vocab_size=4K
     albor vram-estimate configs/pretrain-350m.yaml --json
 
     Exit code 4: it does not fit, and the nearest changes that would are shown.
     """
     from albor.configfile import load_config
-    from albor.memory.estimate import run_estimate
+    from albor.memory.report import run_estimate
     from albor.units import parse_bytes
 
     if gpu is not None and vram is not None:
-        raise ConfigError([Problem("--gpu", "a card and a size are given", "give --gpu or --vram", "command line")])
+        raise ConfigError(
+            [Problem("--gpu", "a card and a size are given", "give --gpu or --vram", "command line")]
+        )
     capacity = None
     if vram is not None:
         try:
@@ -163,10 +178,17 @@ def data_prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJso
     with show_progress(console) as progress:
         data = prepare(run, progress)
     rows = [
-        {"source": describe(source), "documents": report.documents, "text_bytes": report.text_bytes,
-         "train_tokens": len(stream), "directory": str(path)}
-        for source, report, stream, path in zip(run.data.sources, data.reports, data.train, data.paths, strict=True)
-    ]  # fmt: skip
+        {
+            "source": describe(source),
+            "documents": report.documents,
+            "text_bytes": report.text_bytes,
+            "train_tokens": len(stream),
+            "directory": str(path),
+        }
+        for source, report, stream, path in zip(
+            run.data.sources, data.reports, data.train, data.paths, strict=True
+        )
+    ]
     validation = {"documents": data.validation.documents, "tokens": len(data.validation),
                   "text_bytes": data.validation_text_bytes}  # fmt: skip
     for report in data.reports:
@@ -182,7 +204,8 @@ def data_prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJso
                 f"{row['train_tokens']:,} training tokens in {row['directory']}", highlight=False,
             )  # fmt: skip
         console.out(
-            f"validation: {validation['documents']:,} documents, {validation['tokens']:,} tokens", highlight=False
+            f"validation: {validation['documents']:,} documents, {validation['tokens']:,} tokens",
+            highlight=False,
         )
         console.out(f"tokenizer: {data.tokenizer_path}", highlight=False)
     if problems:
@@ -241,9 +264,12 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens of this joint probability.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens of this joint probability."),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; may be given several times.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -251,14 +277,15 @@ def generate(
 
     \b
     albor generate runs/quickstart --prompt "def fibonacci(n):"
-    albor generate runs/quickstart --prompt "import " --temperature 0.5 --top-p 0.9 --stop "\\n\\n"
+    albor generate runs/quickstart --prompt "import " --temperature 0.5 --stop ")"
+    git diff | albor generate runs/quickstart --prompt -
     """
     from albor.generate.generate import generate as write
     from albor.generate.load import load_for_inference
     from albor.model.decode import Decoder
 
     _, model, tokenizer, arena = load_for_inference(run)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_prompt(prompt)
     if not as_json:
         sys.stdout.write(text)
     generation = write(
@@ -288,12 +315,22 @@ def schema() -> None:
     """Print the JSON schema of the configuration, for editors that complete and check YAML.
 
     \b
-    albor schema > albor.schema.json    # then, as the first line of a YAML file:
-                                        # yaml-language-server: $schema=albor.schema.json
+    albor schema > albor.schema.json
+
+    The first line of a YAML file then is # yaml-language-server: $schema=albor.schema.json
     """
     from albor.configfile import schema as build
 
     print(json.dumps(build(), indent=2))
+
+
+def _read_prompt(prompt: str) -> str:
+    # What is not UTF-8 reaches us as lone surrogates, from the command line and from standard input alike.
+    given = sys.stdin.buffer.read() if prompt == "-" else prompt.encode(errors="surrogateescape")
+    try:
+        return given.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem("--prompt", "is not UTF-8 text", where="command line")]) from error
 
 
 def _stream(text: str) -> None:
@@ -309,14 +346,18 @@ def _console(*, stderr: bool = False) -> Console:
 
 def main() -> None:
     """Runs a command; every failure that a user can mend becomes a message and its documented exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without Unicode must not end a run at its report
+            stream.reconfigure(errors="replace")
     try:
         app()
     except AlborError as error:
         print(f"albor: {error}" if len(str(error).splitlines()) == 1 else f"albor:\n{error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("albor: interrupted before there was anything to save", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C; while a model trains, it is saved instead
+            print("albor: interrupted; there is nothing to save", file=sys.stderr)
+        raise
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

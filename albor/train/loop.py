@@ -10,7 +10,6 @@ import os
 import time
 from dataclasses import dataclass
 
-
 from albor.data.loader import validation_batches
 from albor.errors import Diverged, Interrupted
 from albor.evaluate.validation import Validation, validate
@@ -62,8 +61,7 @@ class Loop:
         session, config = self.session, self.session.config
         self.log.truncate_after(session.state.step)
         with StopRequest() as stop:
-            if self._owes_evaluation():
-                self._evaluate()
+            self._catch_up()
             while session.state.step < config.steps:
                 if stop.name is not None:
                     self._stop(stop.name)
@@ -87,12 +85,18 @@ class Loop:
         if step % config.evaluate.every_steps == 0 or last:
             self._evaluate()
 
-    def _owes_evaluation(self) -> bool:
-        """Whether the run stopped between a checkpoint and the evaluation that belongs to its step."""
-        session = self.session
-        step, config = session.state.step, session.config
-        due = step > 0 and (step % config.evaluate.every_steps == 0 or step == config.steps)
-        return due and not any(row["step"] == step and "val/loss" in row for row in read_rows(self.log.metrics_path))
+    def _catch_up(self) -> None:
+        """The checkpoint's step was evaluated after it was saved: the log has the result, or we evaluate
+        now.
+        """
+        step, config = self.session.state.step, self.session.config
+        if step == 0 or (step % config.evaluate.every_steps and step < config.steps):
+            return
+        rows = [row for row in read_rows(self.log.metrics_path) if row["step"] == step and "val/loss" in row]
+        if not rows:
+            self._evaluate()
+        elif rows[-1]["val/loss"] is not None:
+            self._note_best(rows[-1]["val/loss"])
 
     def _skipped(self, result: StepResult) -> None:
         """Records a step that changed nothing, and stops the run when they do not end."""
@@ -102,10 +106,14 @@ class Loop:
         self.display.message(f"step {state.step} skipped, weights unchanged: {what}")
         if state.guard.skipped_in_row >= largest:
             self.log.event("diverged", state.step)
-            kept = f"the last checkpoint is step {self.last_saved}" if self.last_saved else "there is no checkpoint yet"
+            kept = (
+                f"the last checkpoint is step {self.last_saved}"
+                if self.last_saved
+                else "there is no checkpoint yet"
+            )
             raise Diverged(
-                f"{state.guard.skipped_in_row} steps in a row had a non-finite loss or gradient (step {state.step}: "
-                f"{what}); {kept}; lower optimizer.lr, or lengthen schedule.warmup_steps"
+                f"{state.guard.skipped_in_row} steps in a row had a non-finite loss or gradient "
+                f"(step {state.step}: {what}); {kept}; lower optimizer.lr, or lengthen schedule.warmup_steps"
             )
 
     def _log_row(self, result: StepResult) -> None:
@@ -136,13 +144,16 @@ class Loop:
         config, step = session.config, session.state.step
         validation = evaluate_session(session, config.evaluate.batches)
         if math.isfinite(validation.loss):
-            best = session.best_validation_loss
-            session.best_validation_loss = validation.loss if best is None else min(best, validation.loss)
+            self._note_best(validation.loss)
         metrics = validation.metrics()
         self.log.row(step, session.tokens, metrics)
         self.display.validation(step, metrics)
         for sample in draw_samples(session):
             self.log.event("sample", step, prompt=sample.prompt, text=sample.text)
+
+    def _note_best(self, loss: float) -> None:
+        best = self.session.best_validation_loss
+        self.session.best_validation_loss = loss if best is None else min(best, loss)
 
     def _stop(self, signal_name: str) -> None:
         session = self.session
@@ -150,8 +161,8 @@ class Loop:
             self._save()
         self.log.event("stopped", session.state.step, signal=signal_name)
         raise Interrupted(
-            f"stopped by {signal_name} after step {session.state.step} of {session.config.steps}; the checkpoint is "
-            "saved, and the same command goes on from it"
+            f"stopped by {signal_name} after step {session.state.step} of {session.config.steps}; the "
+            "checkpoint is saved, and the same command goes on from it"
         )
 
 

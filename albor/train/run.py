@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,10 @@ from typing import Any, Literal
 from rich.console import Console
 
 from albor.config import RunConfig
+from albor.configfile import load_config
 from albor.data.loader import IGNORED_TARGET, validation_batches
 from albor.data.prepare import check_horizon, prepare
-from albor.errors import AlborError, ConfigError, Diverged, Interrupted
+from albor.errors import ConfigError, Diverged, Interrupted
 from albor.evaluate.validation import Validation
 from albor.memory.plan import MemoryPlan
 from albor.progress import show_progress
@@ -20,8 +22,9 @@ from albor.train.display import Display, make_display
 from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
 from albor.train.metrics import MetricsLog, read_rows
 from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
-from albor.train.run_directory import run_directory, write_description
+from albor.train.run_directory import check_resumable, claim, replace_file, run_directory, write_description
 from albor.train.session import Session, find_checkpoint, open_session
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -38,8 +41,8 @@ class Outcome:
     validation_losses: list[tuple[int, float]]
 
     def as_json(self) -> dict[str, Any]:
-        """What `albor train --json` prints and `eval/final.json` holds."""
-        return {
+        """What `albor train --json` prints and `eval/final.json` holds; what is not finite is null."""
+        values = {
             "run": str(self.directory),
             "checkpoint": str(self.checkpoint) if self.checkpoint else None,
             "step": self.steps,
@@ -50,6 +53,8 @@ class Outcome:
             **{f"{name}/bits_per_byte": bits for name, bits in self.compressors.items()},
             "samples": [asdict(sample) for sample in self.samples],
         }
+        odd = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        return values | dict.fromkeys(odd)
 
 
 def run_training(
@@ -65,12 +70,15 @@ def run_training(
 ) -> Outcome:
     """Trains `config` to its end, from its newest checkpoint if there is one.
 
-    `given` is the configuration's text as the user wrote it; `plan` has been checked against the machine. Raises an
-    AlborError for everything that a user can mend; whatever ends the run is recorded in events.jsonl.
+    `given` is the configuration's text as the user wrote it; `plan` has been checked against the machine.
+    Raises an AlborError for everything that a user can mend; whatever ends the run is recorded in
+    events.jsonl.
     """
     say = Display(console).message
     directory = run_directory(config)
     source = find_checkpoint(config, resume, say)
+    if source is not None:  # before minutes are spent on the data of what may be another run
+        check_resumable(config, load_config(source / "config.yaml"), source)
     with show_progress(console) as progress:
         data = prepare(config, progress)
     for report in data.reports:
@@ -79,30 +87,40 @@ def run_training(
     if problems := check_horizon(config, data):
         raise ConfigError(problems)
     session = open_session(config, data, plan, device, source)
-    write_description(directory, config, given, plan)
-    step = session.state.step
-    display = make_display(console, config.steps, first_step=step, title=config.name, json=as_json)
-    log = MetricsLog(directory, on_failure=display.message)
-    log.event("resumed" if source else "started", step, source=str(source) if source else None)
-    say(f"{directory}: going on from step {step} ({source})" if source else f"{directory}: a new run")
-    loop = Loop(session, log, display, peak_flops)
-    try:
-        with display:
-            loop.run()
-            outcome = _report(session, log)
-    except (Interrupted, Diverged):
-        raise  # recorded where they arose
-    except (AlborError, MemoryError, RuntimeError, OSError) as error:
-        log.event("failed", session.state.step, error=f"{type(error).__name__}: {error}")
-        raise
-    log.event("finished", session.state.step)
-    (directory / "eval").mkdir(exist_ok=True)
-    (directory / "eval" / "final.json").write_text(json.dumps(outcome.as_json(), indent=1) + "\n", encoding="utf-8")
+    with claim(directory):
+        write_description(directory, config, given, plan)
+        step = session.state.step
+        display = make_display(console, config.steps, first_step=step, title=config.name, json=as_json)
+        log = MetricsLog(directory, on_failure=display.message)
+        log.event("resumed" if source else "started", step, source=str(source) if source else None)
+        say(f"{directory}: {_describe_start(step, config.steps, source)}")
+        try:
+            with display:
+                Loop(session, log, display, peak_flops).run()
+                outcome = _report(session, log)
+            (directory / "eval").mkdir(exist_ok=True)
+            replace_file(directory / "eval" / "final.json", json.dumps(outcome.as_json(), indent=1) + "\n")
+        except (Interrupted, Diverged):
+            raise  # recorded where they arose
+        except BaseException as error:
+            log.event("failed", session.state.step, error=f"{type(error).__name__}: {error}")
+            raise
+        log.event("finished", session.state.step)
     return outcome
 
 
+def _describe_start(step: int, steps: int, source: Path | None) -> str:
+    if source is None:
+        return "a new run"
+    if step == steps:
+        return f"finished already, at step {step}; here is its report again"
+    return f"going on from step {step} ({source})"
+
+
 def _report(session: Session, log: MetricsLog) -> Outcome:
-    """Validation on all held-out text that `evaluate.final_batches` covers, and what compressors make of that text."""
+    """Validation on all held-out text that `evaluate.final_batches` covers, and what compressors make of that
+    text.
+    """
     config = session.config
     validation = evaluate_session(session, config.evaluate.final_batches)
     rows = list(read_rows(log.metrics_path))

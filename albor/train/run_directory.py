@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from albor import __version__
 from albor.config import RunConfig
 from albor.configfile import dump_config
-from albor.errors import ConfigError, Problem
+from albor.errors import AlborError, ConfigError, Problem
 from albor.memory.plan import MemoryPlan
 
 # Keys that change neither what is computed nor the state it is computed from. Any other is refused on resume:
@@ -39,13 +42,34 @@ def run_directory(config: RunConfig) -> Path:
     return Path(config.runs_dir) / config.name
 
 
+@contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Makes the run directory, and keeps other processes from training in it until the block, or we, end."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise AlborError(f"runs_dir: {directory} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        problem = f"another process is training in {directory}; wait for it, or choose another name"
+        raise AlborError(problem) from error
+    except OSError:
+        pass  # a file system without locks: better to train than not to
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_description(directory: Path, config: RunConfig, given: str, plan: MemoryPlan) -> None:
     """Writes config.yaml (as given), config.resolved.yaml, plan.json and env.json."""
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / "config.yaml", given)
-    _replace(directory / "config.resolved.yaml", dump_config(config))
-    _replace(directory / "plan.json", json.dumps(_plan_json(plan), indent=1) + "\n")
-    _replace(directory / "env.json", json.dumps(_environment(plan), indent=1) + "\n")
+    replace_file(directory / "config.yaml", given)
+    replace_file(directory / "config.resolved.yaml", dump_config(config))
+    replace_file(directory / "plan.json", json.dumps(_plan_json(plan), indent=1) + "\n")
+    replace_file(directory / "env.json", json.dumps(_environment(plan), indent=1) + "\n")
 
 
 def check_resumable(config: RunConfig, saved: RunConfig, checkpoint: Path) -> None:
@@ -59,7 +83,7 @@ def check_resumable(config: RunConfig, saved: RunConfig, checkpoint: Path) -> No
         problems.append(
             Problem(
                 key,
-                f"{json.dumps(now.get(key))}, but {checkpoint} was trained with {json.dumps(before.get(key))}",
+                f"{json.dumps(now.get(key))}, but {checkpoint} has {json.dumps(before.get(key))}",
                 "restore it, or give the new run another name",
             )
         )
@@ -75,7 +99,9 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
         items = enumerate(value)  # type: ignore[assignment]  # keys become text either way
     else:
         return {path: value}
-    return {k: v for key, item in items for k, v in _leaves(item, f"{path}.{key}" if path else str(key)).items()}
+    return {
+        k: v for key, item in items for k, v in _leaves(item, f"{path}.{key}" if path else str(key)).items()
+    }
 
 
 def _plan_json(plan: MemoryPlan) -> dict[str, Any]:
@@ -114,7 +140,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")

@@ -79,18 +79,20 @@ class Session:
 def checkpoint_tensors(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint holds, by file: the weights as they compute, and the optimizer's state."""
     arena, model = trainer.arena, trainer.architecture
-    optimizer = {}
+    optimizer: dict[str, torch.Tensor] = {}
     for flat in ("master", "moments.first", "moments.second"):
         if flat in arena:
-            optimizer |= {f"{flat}/{name}": tensor for name, tensor in named_tensors(arena[flat], model).items()}
+            optimizer |= {
+                f"{flat}/{name}": tensor for name, tensor in named_tensors(arena[flat], model).items()
+            }
     return {"weights": named_tensors(arena["weights"], model), "optimizer": optimizer}
 
 
 def find_checkpoint(config: RunConfig, resume: str, warn: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from: `auto`, `never`, or the path of one (or of a run).
 
-    Raises before anything would be overwritten: `never` in a run that has checkpoints, and an older checkpoint
-    of the run itself while newer ones exist.
+    Raises before anything would be overwritten: `never` in a run that has checkpoints, and an older
+    checkpoint of the run itself while newer ones exist.
     """
     own = run_directory(config) / checkpoint.CHECKPOINTS
     existing = checkpoint.list_checkpoints(own)
@@ -101,7 +103,13 @@ def find_checkpoint(config: RunConfig, resume: str, warn: Callable[[str], None])
     if resume == "never":
         if existing:
             remedy = f"choose another name, or remove {own.parent}"
-            raise ConfigError([Problem("name", f"{own.parent} already holds checkpoints of a run", remedy, "--resume never")])
+            raise ConfigError(
+                [
+                    Problem(
+                        "name", f"{own.parent} already holds checkpoints of a run", remedy, "--resume never"
+                    )
+                ]
+            )
         return None
     if resume == "auto":
         latest = checkpoint.find_latest(own, skipped)
@@ -133,7 +141,13 @@ def open_session(
     arena = Arena(plan, device)
     trainer = Trainer(config, arena)
     weights = [s.weight for s in config.data.sources]
-    loader_arguments = (data.train, weights, config.data.sequence_length, config.train.micro_batch_size, config.seed)
+    loader_arguments = (
+        data.train,
+        weights,
+        config.data.sequence_length,
+        config.train.micro_batch_size,
+        config.seed,
+    )
     initialise(arena, trainer.architecture, config.seed)
     if source is None:
         state = TrainState(guard=GuardState.initial(plan.compute_dtype))
@@ -141,8 +155,8 @@ def open_session(
     saved = checkpoint.load(source, checkpoint_tensors(trainer))
     if saved["data_sha256"] != data.sha256:
         raise DataError(
-            f"{source} was trained on other data or with another tokenizer than data.sources now give; restore "
-            "the sources (or tokenizer.path), or give the new run another name"
+            f"{source} was trained on other data or with another tokenizer than data.sources now give; "
+            "restore the sources (or tokenizer.path), or give the new run another name"
         )
     return Session(
         config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,7 +12,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While entered, a signal sets `name` instead of ending the process; the loop looks at it between steps."""
+    """While entered, a signal sets `name` instead of ending the process; the loop looks at it between
+    steps.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -29,5 +32,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None:
+            if sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), b"\x1b[?25h\r\n")  # the live display hides the cursor
             os._exit(128 + number)  # not even a save in progress: it leaves no half-written checkpoint behind
         self.name = signal.Signals(number).name

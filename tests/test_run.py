@@ -1,0 +1,436 @@
+"""A whole run: what it leaves, how it ends, and that it resumes bit for bit from wherever it was stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_cases import exit_code_of, fork
+from run_cases import (
+    STEPS,
+    albor,
+    bits,
+    call,
+    checkpoints,
+    events,
+    rows,
+    start,
+    tree,
+    wait,
+    wait_for,
+    write_project,
+)
+
+from albor.checkpoint import checkpoint_name
+from albor.configfile import load_config
+from albor.evaluate.validation import Validation
+from albor.memory.estimate import plan_for_training
+from albor.train import loop
+from albor.train.run import Outcome
+from albor.train.run_directory import claim
+from albor.train.signals import StopRequest
+from albor.train.step import Trainer
+
+RUN = Path("runs/tiny")
+METRICS = {
+    *("step", "tokens", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second"),
+    *("train/mfu", "train/epoch", "memory/planned", "memory/process"),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> dict[str, Any]:
+    """The bits of a run that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(config.parent)
+        assert call("train", config).code == 0
+    return bits(config.parent / RUN)
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own runs; the prepared data are the module's."""
+    monkeypatch.chdir(tmp_path)
+
+
+def during(step: int, act: Callable[[Trainer], None]) -> pytest.MonkeyPatch:
+    """While entered, `act` happens to the trainer in the middle of `step`, between two micro-batches."""
+    patch = pytest.MonkeyPatch()
+    healthy, micro = Trainer.step, Trainer._forward_backward
+    now = {"step": 0, "micro": 0}
+
+    def counted(self: Trainer, batches: Any, state: Any) -> Any:
+        now.update(step=state.step + 1, micro=0)
+        return healthy(self, batches, state)
+
+    def disturbed(self: Trainer, scale: float) -> None:
+        micro(self, scale)
+        now["micro"] += 1
+        if now["step"] == step and now["micro"] == 2:
+            act(self)
+
+    patch.setattr(Trainer, "step", counted)
+    patch.setattr(Trainer, "_forward_backward", disturbed)
+    return patch
+
+
+def stop_in(step: int, config: Path, *arguments: object, number: int = signal.SIGTERM) -> None:
+    """A run that gets a signal in the middle of `step`."""
+    patch = during(step, lambda _: os.kill(os.getpid(), number))
+    result = call("train", config, *arguments)
+    patch.undo()
+    assert result.code == 75, result
+
+
+def poison(trainer: Trainer) -> None:
+    trainer.arena["io.loss_sum"].fill_(math.nan)
+
+
+# What a run leaves
+
+
+def test_a_whole_run(config: Path, whole: dict[str, Any]):
+    """In a process of its own, with the bits of one in this process."""
+    result = albor(Path(), "train", config)
+    assert (result.code, result.err) == (0, "")
+    assert bits(RUN) == whole
+    assert (RUN / "config.yaml").read_text() == config.read_text()
+    assert load_config(RUN / "config.resolved.yaml") == load_config(config)
+    plan, planned = json.loads((RUN / "plan.json").read_text()), plan_for_training(load_config(config)).plan
+    assert plan["device_bytes"] == planned.size("device")
+    assert [b["name"] for b in plan["buffers"]] == [b.name for b in planned.buffers]
+    assert {"albor", "torch", "python", "processor"} <= json.loads((RUN / "env.json").read_text()).keys()
+
+    trained = [row for row in rows(RUN) if "train/loss" in row]
+    evaluated = [row for row in rows(RUN) if "val/loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in evaluated] == list(range(4, STEPS + 1, 4))
+    assert all(row.keys() == METRICS for row in trained)
+    assert all({"val/perplexity", "val/bits_per_byte"} < row.keys() for row in evaluated)
+    assert all(row["tokens"] == row["step"] * 3 * 32 for row in rows(RUN))
+    assert trained[-1]["train/loss"] < trained[0]["train/loss"] - 1
+    assert trained[-1]["train/epoch"] > 1, "no epoch ended, which other tests here rely on"
+
+    assert checkpoints(RUN) == [STEPS - 4, STEPS]
+    kinds = [event["event"] for event in events(RUN)]
+    assert (kinds[0], kinds[-1], len(events(RUN, "checkpoint"))) == ("started", "finished", STEPS // 4)
+    final = json.loads((RUN / "eval" / "final.json").read_text())
+    assert {"val/loss", "val/bits_per_byte", "gzip/bits_per_byte", "xz/bits_per_byte"} < final.keys()
+    assert (final["step"], final["samples"][0]["prompt"]) == (STEPS, "the")
+    for shown in (f"{final['val/loss']:.3f}", f"{final['xz/bits_per_byte']:.3f}", "albor generate runs/tiny"):
+        assert shown in result.out
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(config: Path):
+    call("train", config)
+    before, report = tree(RUN / "checkpoints"), (RUN / "eval" / "final.json").read_text()
+    written = [path.stat().st_mtime_ns for path in sorted((RUN / "checkpoints").rglob("*"))]
+    result = call("train", config)
+    assert result.code == 0
+    assert f"finished already, at step {STEPS}" in result.out
+    assert tree(RUN / "checkpoints") == before
+    assert [path.stat().st_mtime_ns for path in sorted((RUN / "checkpoints").rglob("*"))] == written
+    assert (RUN / "eval" / "final.json").read_text() == report
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(config: Path, whole: dict[str, Any]):
+    call("train", config, "name=again")
+    call("train", config, "name=other", "seed=8")
+    assert bits(Path("runs/again")) == whole
+    other = bits(Path("runs/other"))
+    assert other["saved"]["weights.safetensors"] != whole["saved"]["weights.safetensors"]
+    assert other["rows"][0]["train/loss"] != whole["rows"][0]["train/loss"]
+
+
+def test_the_report_is_json_where_a_loss_is_not_finite():
+    """A perplexity overflows long before a loss does."""
+    outcome = Outcome(RUN, None, 1, 1, Validation(800.0, None, 1, 1), {}, [], [], [])
+    assert outcome.as_json()["val/perplexity"] is None
+    assert json.dumps(outcome.as_json(), allow_nan=False)
+
+
+# Kills and signals
+
+
+@pytest.fixture(scope="module")
+def longer(config: Path) -> dict[str, Any]:
+    """The bits of 60 undisturbed steps: time enough to be killed in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(config.parent)
+        assert call("train", config, "name=longer", "train.max_steps=60").code == 0
+    return bits(config.parent / "runs/longer")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_three_times_at_random_moments(config: Path, longer: dict[str, Any], seed: int):
+    """kill -9, also of the resumed runs. Moments are counted in steps first, so that any machine will do."""
+    rng, reached = random.Random(seed), 0
+    for _ in range(3):
+        goal = reached + rng.randint(1, 14)
+        child = fork(lambda: call("train", config, "train.max_steps=60"))
+        deadline = time.monotonic() + 60
+        while reached < goal and time.monotonic() < deadline:
+            reached = max([0, *(json.loads(line)["step"] for line in _whole_lines(RUN / "metrics.jsonl"))])
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        assert exit_code_of(child) == -signal.SIGKILL, "it ended by itself"
+    result = call("train", config, "train.max_steps=60")
+    assert (result.code, "going on from step" in result.out) == (0, True)
+    assert bits(RUN) == longer
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def test_stopped_in_every_step(config: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Before the first, in the middle of each one's accumulation, where an epoch ends, and in the last."""
+    entered = StopRequest.__enter__
+
+    def signalled(self: StopRequest) -> StopRequest:
+        entered(self)
+        os.kill(os.getpid(), signal.SIGINT)
+        return self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "__enter__", signalled)
+        result = call("train", config)
+    assert result.code == 75
+    assert "stopped by SIGINT after step 0 of 24" in result.err
+    assert checkpoints(RUN) == [0]
+    for step in range(1, STEPS):
+        stop_in(step, config)
+        assert checkpoints(RUN)[-1] == step
+    patch = during(STEPS, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert call("train", config).code == 0, "a run that is at its end has nothing to resume"
+    patch.undo()
+    assert [event["step"] for event in events(RUN, "stopped")] == list(range(STEPS))
+    assert bits(RUN) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(config: Path, whole: dict[str, Any], number: signal.Signals):
+    process = start(Path(), "train", config)
+    wait_for(lambda: len(_whole_lines(RUN / "metrics.jsonl")) >= 3, process)
+    process.send_signal(number)
+    result = wait(process)
+    (stopped,) = events(RUN, "stopped")
+    assert result.code == 75
+    assert stopped["signal"] == number.name
+    assert checkpoints(RUN)[-1] == stopped["step"] < STEPS
+    assert f"stopped by {number.name} after step {stopped['step']} of {STEPS}" in result.err
+    assert "the same command goes on" in result.err
+    assert "Traceback" not in result.err
+    assert call("train", config).code == 0
+    assert bits(RUN) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_at_once(config: Path, whole: dict[str, Any], number: signal.Signals):
+    def twice(_: Trainer) -> None:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    def work() -> None:
+        during(6, twice)
+        call("train", config)
+
+    assert exit_code_of(fork(work)) == 128 + number
+    assert checkpoints(RUN) == [4]
+    assert call("train", config).code == 0
+    assert bits(RUN) == whole
+
+
+# Resuming
+
+
+def test_a_damaged_checkpoint_is_passed_over_visibly(config: Path, whole: dict[str, Any]):
+    stop_in(10, config)
+    weights = RUN / "checkpoints" / checkpoint_name(10) / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    result = call("train", config)
+    assert result.code == 0
+    assert f"passed over a damaged checkpoint: {weights}: content differs" in result.out.replace("\n", " ")
+    assert "going on from step 8" in result.out
+    assert bits(RUN) == whole
+
+
+def test_without_an_intact_checkpoint_nothing_starts_over(config: Path):
+    stop_in(3, config)
+    (RUN / "checkpoints" / checkpoint_name(3) / "state.json").unlink()
+    before = tree(RUN)
+    result = call("train", config)
+    assert result.code == 1
+    assert "none of the checkpoints verifies" in result.err
+    assert tree(RUN) == before
+
+
+def test_how_it_is_computed_may_change_on_the_way(config: Path, whole: dict[str, Any]):
+    """Recomputation and the accumulator's place move memory, not bits."""
+    stop_in(7, config)
+    changes = ("train.recompute=block", "train.accumulator=gpu")
+    assert call("train", config, *changes).code == 0
+    after = bits(RUN)
+    planned = [row.pop("memory/planned", None) for row in after["rows"]]
+    assert planned[0] != planned[-2], "the changes changed nothing"
+    expected = [{k: v for k, v in row.items() if k != "memory/planned"} for row in whole["rows"]]
+    assert (after["saved"], after["rows"]) == (whole["saved"], expected)
+
+
+def test_what_is_computed_may_not_change_on_the_way(config: Path):
+    """Every key is named at once, before anything is prepared for the other run."""
+    stop_in(3, config)
+    before, cached = tree(RUN), tree(config.parent / "data")
+    changes = {
+        "seed": 8,
+        "model.vocab_size": 350,
+        "data.sources[0].weight": 2.0,
+        "optimizer.betas": "[0.9, 0.99]",
+        "schedule.kind": "linear",
+        "train.max_steps": 25,
+        "train.precision": "bf16",
+    }
+    result = call("train", config, *(f"{key}={value}" for key, value in changes.items()))
+    assert result.code == 2
+    problems = result.err.splitlines()[1:]
+    assert sorted(line.split(":")[0] for line in problems) == sorted(
+        key.replace("[0]", ".0") for key in changes
+    )
+    assert all("restore it, or give the new run another name" in line for line in problems)
+    assert (tree(RUN), tree(config.parent / "data")) == (before, cached)
+
+
+def test_a_changed_corpus_is_refused(config: Path):
+    corpus = Path("corpus").absolute()
+    shutil.copytree(config.parent / "corpus", corpus)
+    moved = f"data.sources=[{{kind: files, path: {corpus}}}]"
+    stop_in(3, config, moved)
+    with open(corpus / "00.txt", "a") as file:
+        file.write("one more line.\n")
+    before = tree(RUN)
+    result = call("train", config, moved)
+    assert result.code == 1
+    assert "was trained on other data" in result.err
+    assert tree(RUN) == before
+
+
+def test_resume_never_touches_nothing_of_a_run_that_is_there(config: Path):
+    assert call("train", config, "--resume", "never", "train.max_steps=5").code == 0
+    before = tree(Path())
+    result = call("train", config, "--resume", "never", "seed=8")
+    assert result.code == 2
+    assert f"{RUN} already holds checkpoints" in result.err
+    assert tree(Path()) == before
+
+
+def test_resume_from_another_run_leaves_it_as_it_was(config: Path, whole: dict[str, Any]):
+    stop_in(7, config)
+    before = tree(RUN)
+    result = call("train", config, "name=copy", "--resume", RUN)
+    assert result.code == 0
+    assert tree(RUN) == before
+    copy = bits(Path("runs/copy"))
+    assert copy["saved"] == whole["saved"]
+    assert copy["rows"] == [row for row in whole["rows"] if row["step"] > 7]
+
+
+def test_resume_would_not_leave_newer_checkpoints_behind(config: Path):
+    stop_in(10, config)
+    before = tree(RUN)
+    result = call("train", config, "--resume", RUN / "checkpoints" / checkpoint_name(8))
+    assert result.code == 2
+    assert f"holds {checkpoint_name(10)} already" in result.err
+    assert tree(RUN) == before
+
+
+def test_two_processes_do_not_train_one_run(config: Path):
+    with claim(RUN):
+        result = call("train", config)
+    assert result.code == 1
+    assert f"another process is training in {RUN}" in result.err
+    assert call("train", config).code == 0, "the claim outlived its process"
+
+
+# Failures
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_recorded(config: Path):
+    patch = during(6, poison)
+    assert call("train", config).code == 0
+    patch.undo()
+    (event,) = events(RUN, "skipped_step")
+    assert (event["step"], event["loss"]) == (6, "nan")
+    (row,) = (row for row in rows(RUN) if row["step"] == 6)
+    assert (row["train/loss"], row["non_finite"]["train/loss"]) == (None, "nan")
+    state = json.loads((RUN / "checkpoints" / checkpoint_name(STEPS) / "state.json").read_text())
+    assert (state["step"], state["updates"]) == (STEPS, STEPS - 1)
+
+
+def test_steps_that_stay_non_finite_end_the_run(config: Path, monkeypatch: pytest.MonkeyPatch):
+    """With 3, and the weights of the last good step; also where a stop comes between the skipped steps."""
+    stop_in(5, config)
+    good = tree(RUN / "checkpoints" / checkpoint_name(5))
+    healthy = Trainer._forward_backward
+
+    def broken(self: Trainer, scale: float) -> None:
+        healthy(self, scale)
+        poison(self)
+
+    monkeypatch.setattr(Trainer, "_forward_backward", broken)
+    stop_in(7, config)
+    skipped = tree(RUN / "checkpoints" / checkpoint_name(7))
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        assert skipped[name] == good[name], "a skipped step changed it"
+    result = call("train", config)
+    assert result.code == 3
+    assert "5 steps in a row had a non-finite loss or gradient (step 10: loss nan" in result.err
+    assert "Traceback" not in result.err
+    assert [event["step"] for event in events(RUN, "skipped_step")] == [6, 7, 8, 9, 10]
+    assert events(RUN)[-1]["event"] == "diverged"
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, KeyError])
+def test_a_failed_evaluation_costs_no_training(
+    config: Path, whole: dict[str, Any], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
+    """The state is saved first; the end is recorded, whatever it was; the resumed run makes up for it."""
+    calls = []
+
+    def fail_at_the_second(*arguments: Any) -> Validation:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise kind("no more")
+        return validate(*arguments)
+
+    validate = loop.validate
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", fail_at_the_second)
+        assert call("train", config).code == 1
+    assert checkpoints(RUN) == [4, 8]
+    last = events(RUN)[-1]
+    assert (last["event"], last["step"], last["error"][: len(kind.__name__)]) == ("failed", 8, kind.__name__)
+    assert call("train", config).code == 0
+    assert bits(RUN) == whole
+
+
+def test_a_run_directory_that_cannot_be_made_is_explained(config: Path):
+    Path("runs").write_text("a file")
+    result = call("train", config)
+    assert result.code == 1
+    assert result.err == f"albor: runs_dir: {RUN} cannot be used: Not a directory\n"

@@ -41,7 +41,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class BlockSlice:
-    """The elements of one gradient group in the flat buffers: [start, matrices_end) decay, the rest does not."""
+    """The elements of one gradient group in the flat buffers: [start, matrices_end) decay, the rest does
+    not.
+    """
 
     name: str
     start: int
@@ -58,7 +60,8 @@ class BlockSlice:
 class Architecture:
     """A pre-norm LLaMA: RMSNorm, grouped-query attention with rotary positions, SwiGLU; tied or untied head.
 
-    Weights are packed where that makes one GEMM of several: query, key and value together; gate and up together.
+    Weights are packed where that makes one GEMM of several: query, key and value together; gate and up
+    together.
     """
 
     hidden_size: int  # C
@@ -92,9 +95,12 @@ class Architecture:
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
     def _shapes(self) -> Iterator[tuple[str, str, tuple[int, ...], float | None]]:
-        """(block, name, shape, init_std) in the order of the forward pass, matrices first within each block."""
+        """(block, name, shape, init_std) in the order of the forward pass, matrices first within each
+        block.
+        """
         std = self.initializer_range
-        # Each block adds two outputs to the residual stream; scaling them keeps its variance at depth (GPT-2).
+        # Each block adds two outputs to the residual stream; scaling them keeps its variance at depth
+        # (GPT-2).
         residual_std = std / math.sqrt(2 * self.num_hidden_layers)
         width, ffn = self.hidden_size, self.intermediate_size
         yield "embedding", "embedding.tokens", (self.vocab_size, width), std
@@ -128,7 +134,9 @@ class Architecture:
             matrices = [p for p in members if p.decays]
             start = members[0].offset
             end = members[-1].offset + round_up(members[-1].size, ALIGNMENT_ELEMENTS)
-            matrices_end = matrices[-1].offset + round_up(matrices[-1].size, ALIGNMENT_ELEMENTS) if matrices else start
+            matrices_end = (
+                matrices[-1].offset + round_up(matrices[-1].size, ALIGNMENT_ELEMENTS) if matrices else start
+            )
             slices.append(BlockSlice(name, start, matrices_end, end))
         return tuple(slices)
 

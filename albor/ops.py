@@ -6,8 +6,8 @@ two GEMMs goes chunk by chunk through a small workspace, so that its intermediat
 and nothing of a tensor's size is ever allocated.
 
 Shapes: N tokens (B sequences of T), C hidden, F feed-forward, V vocabulary, H query heads, K key/value heads,
-D head width, G = H / K. `d_x` is the gradient of `x`. Arithmetic between GEMMs is in the workspace's wide dtype
-(fp32, or float64 in tests) where sums are taken, and in the compute dtype elsewhere.
+D head width, G = H / K. `d_x` is the gradient of `x`. Arithmetic between GEMMs is in the workspace's wide
+dtype (fp32, or float64 in tests) where sums are taken, and in the compute dtype elsewhere.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Workspace:
     def from_arena(cls, arena: Arena) -> Workspace:
         """The workspace buffers of a plan."""
         names = [f.name for f in fields(cls) if f.name != "wide"]
-        views = {name: arena[f"workspace.{name}"] if f"workspace.{name}" in arena else None for name in names}
+        views = {name: arena.get(f"workspace.{name}") for name in names}
         wide = tuple(arena[f"workspace.wide.{slot}"] for slot in range(3))
         mask = arena["workspace.causal_mask"]
         mask.fill_(-math.inf).triu_(1)  # triu_ keeps -inf above the diagonal and writes 0 elsewhere
@@ -88,8 +88,8 @@ def embedding_backward(
     """Adds d_out's rows to the rows of d_weight that they came from.
 
     A token occurs many times in a batch, so its rows are summed wide in `sums` (N, C) first and rounded once.
-    unique_index (N,) is the place of each token in unique_tokens (N,), the distinct ids, which is padded with id 0:
-    the padding's sums are zero. Shapes are static, and the order of the sum is the order of the batch.
+    unique_index (N,) is the place of each token in unique_tokens (N,), the distinct ids, which is padded with
+    id 0: the padding's sums are zero. Shapes are static, and the order of the sum is the order of the batch.
     """
     sums.zero_()
     for rows in _chunks(d_out.shape[0]):
@@ -115,9 +115,9 @@ def rmsnorm_forward(
 ) -> None:
     """Adds the residual and normalises: out_sum = x + delta, out = norm(out_sum) * weight.
 
-    x, delta, out_sum, out (N, C); weight (C,); rstd (N,) wide receives the reciprocal root mean square. The norm is
-    that of the sum as it is stored, rounding included, so that it can be computed again from out_sum alone.
-    Without delta, x is normalised and out_sum is not written.
+    x, delta, out_sum, out (N, C); weight (C,); rstd (N,) wide receives the reciprocal root mean square. The
+    norm is that of the sum as it is stored, rounding included, so that it can be computed again from out_sum
+    alone. Without delta, x is normalised and out_sum is not written.
     """
     for rows in _chunks(x.shape[0]):
         wide = work.wide[0][: rows.stop - rows.start]
@@ -158,9 +158,11 @@ def rmsnorm_backward(
     *,
     add: bool,
 ) -> None:
-    """With x^ = x * rstd and g = d_out * weight: d_x = rstd * (g - x^ * mean(g * x^)), d_weight = sum(d_out * x^).
+    """With x^ = x * rstd and g = d_out * weight: d_x = rstd * (g - x^ * mean(g * x^)) and
+    d_weight = sum(d_out * x^).
 
-    x is the forward's out_sum. With `add`, d_x holds the residual branch's gradient and the norm's is added to it.
+    x is the forward's out_sum. With `add`, d_x holds the residual branch's gradient and the norm's is added
+    to it.
     """
     width = x.shape[1]
     weight_wide = weight.to(rstd.dtype)
@@ -197,7 +199,9 @@ def linear_backward_input(d_out: torch.Tensor, weight: torch.Tensor, d_x: torch.
     torch.mm(d_out, weight, out=d_x)
 
 
-def linear_backward_weight(d_out: torch.Tensor, x: torch.Tensor, d_weight: torch.Tensor, *, add: bool = False) -> None:
+def linear_backward_weight(
+    d_out: torch.Tensor, x: torch.Tensor, d_weight: torch.Tensor, *, add: bool = False
+) -> None:
     """d_weight = d_out^T @ x; with `add`, += that. d_out (N, out), x (N, in), d_weight (out, in)."""
     if add:
         torch.addmm(d_weight, d_out.t(), x, out=d_weight)
@@ -205,7 +209,7 @@ def linear_backward_weight(d_out: torch.Tensor, x: torch.Tensor, d_weight: torch
         torch.mm(d_out.t(), x, out=d_weight)
 
 
-# Rotary positions (Su et al. 2021, arXiv:2104.09864), in Hugging Face's layout: the two halves of a head pair up
+# Rotary positions (Su et al. 2021, arXiv:2104.09864), in Hugging Face's layout: a head's halves pair up
 
 
 def rotary_tables(theta: float, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -230,8 +234,8 @@ def rotary(
 ) -> None:
     """Rotates the first `heads` heads (queries and keys) of packed qkv (N, (H + 2K) D) in place.
 
-    Rows are sequences of `length` tokens at positions start, start + 1, ... The inverse is the gradient's rotation,
-    for a rotation's transpose is its inverse.
+    Rows are sequences of `length` tokens at positions start, start + 1, ... The inverse is the gradient's
+    rotation, for a rotation's transpose is its inverse.
     """
     half = cos.shape[1]
     packed = qkv.view(qkv.shape[0], -1, 2 * half)
@@ -256,7 +260,11 @@ def _heads(packed: torch.Tensor, length: int, kv_heads: int, head_dim: int) -> t
     split = packed.view(packed.shape[0] // length, length, -1, head_dim)
     heads = split.shape[2] - 2 * kv_heads
     query = _grouped(split[:, :, :heads], kv_heads)
-    return query, split[:, :, heads : heads + kv_heads].transpose(1, 2), split[:, :, heads + kv_heads :].transpose(1, 2)
+    return (
+        query,
+        split[:, :, heads : heads + kv_heads].transpose(1, 2),
+        split[:, :, heads + kv_heads :].transpose(1, 2),
+    )
 
 
 def _grouped(heads: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -273,10 +281,11 @@ def _packed(part: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
 def _attention_weights(
     query: torch.Tensor, key: torch.Tensor, start: int, work: Workspace
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(query @ key^T / sqrt(D)) of one sequence's query block that begins at `start`, over the keys up to its end.
+    """softmax(query @ key^T / sqrt(D)) of one sequence's query block that begins at `start`, over the keys up
+    to its end.
 
-    query (K, G, rows, D), key (K, start + rows, D); returns the weights (K, G * rows, start + rows) and the query,
-    contiguous (K, G * rows, D), both in the workspace.
+    query (K, G, rows, D), key (K, start + rows, D); returns the weights (K, G * rows, start + rows) and the
+    query, contiguous (K, G * rows, D), both in the workspace.
     """
     kv_heads, group, rows, head_dim = query.shape
     packed = _shaped(work.query, kv_heads, group, rows, head_dim)
@@ -313,11 +322,11 @@ def attention_forward(
 def attention_cached(
     qkv: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, start: int, work: Workspace
 ) -> None:
-    """`attention_forward` of n tokens at positions start, start + 1, ... of one sequence whose earlier keys and
-    values are in the cache; theirs are appended to it.
+    """`attention_forward` of n tokens at positions start, start + 1, ... of one sequence whose earlier keys
+    and values are in the cache; theirs are appended to it.
 
-    qkv (n, (H + 2K) D), rotated, with n at most QUERY_BLOCK; cache (2, K, S, D), keys and values; out (n, H D).
-    The workspace's scores have room for H * n * (start + n).
+    qkv (n, (H + 2K) D), rotated, with n at most QUERY_BLOCK; cache (2, K, S, D), keys and values; out
+    (n, H D). The workspace's scores have room for H * n * (start + n).
     """
     _, kv_heads, _, head_dim = cache.shape
     rows = qkv.shape[0]
@@ -380,7 +389,12 @@ def attention_backward(
 
 
 def _add_key_gradient(
-    part: torch.Tensor, out: torch.Tensor, sums: torch.Tensor | None, block: slice, length: int, work: Workspace
+    part: torch.Tensor,
+    out: torch.Tensor,
+    sums: torch.Tensor | None,
+    block: slice,
+    length: int,
+    work: Workspace,
 ) -> None:
     """Adds one query block's share of d_k or d_v; after the last block, writes the sum to `out` (K, T, D)."""
     if sums is None:  # one block is the whole sequence
@@ -408,8 +422,8 @@ def swiglu_forward(gate_up: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def swiglu_backward(d_out: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor, work: Workspace) -> None:
-    """gate_up is overwritten by its gradient, d_out is used up, and out (N, F) receives the forward's product again,
-    which the weight gradient after it needs: so no one has to keep it.
+    """gate_up is overwritten by its gradient, d_out is used up, and out (N, F) receives the forward's product
+    again, which the weight gradient after it needs: so no one has to keep it.
     """
     width = out.shape[1]
     for rows in _chunks(out.shape[0]):
@@ -437,7 +451,8 @@ def cross_entropy(
     """losses[n] = logsumexp(logits[n]) - logits[n, targets[n]], 0 where the target is IGNORED.
 
     With a `scale`, logits (n, V) are overwritten by scale * d(sum of losses); without, their content is lost.
-    targets (n,) int64, losses (n,) wide, probabilities (n, V) wide scratch, or None where logits are wide already.
+    targets (n,) int64, losses (n,) wide, probabilities (n, V) wide scratch, or None where logits are wide
+    already.
     """
     wide = logits if probabilities is None else probabilities
     counted = targets != IGNORED
@@ -484,10 +499,11 @@ def adamw(
     step: int,
     gradient_scale: float,
 ) -> None:
-    """One AdamW step (Loshchilov & Hutter 2017, arXiv:1711.05101) on flat slices; the gradient times `gradient_scale`.
+    """One AdamW step (Loshchilov & Hutter 2017, arXiv:1711.05101) on flat slices; the gradient times
+    `gradient_scale`.
 
-    master, first, second and gradient are wide; weights are master in the compute dtype (or are master itself).
-    `step` counts from 1 and is the bias correction's exponent. The gradient may be overwritten.
+    master, first, second and gradient are wide; weights are master in the compute dtype (or are master
+    itself). `step` counts from 1 and is the bias correction's exponent. The gradient may be overwritten.
     """
     torch._fused_adamw_(
         [master], [gradient], [first], [second], [],

@@ -18,7 +18,13 @@ _SILENT_SECONDS = 10.0  # in a pipe, a stage that lasts longer than this says ho
 def show_progress(console: Console) -> Iterator[Report]:
     """Yields a function to call with (stage, bytes done, bytes in all or None), as often as one likes."""
     if console.is_terminal and not console.is_dumb_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
             tasks: dict[str, int] = {}
 

@@ -1,10 +1,11 @@
-"""The training step on a CPU, beside its peers: same shape, same weights, same batches, same optimizer, one process.
+"""The training step on a CPU, beside its peers: same shape, same weights, same batches, same optimizer, one
+process.
 
     python benchmarks/cpu.py                # writes benchmarks/results/cpu.json, prints a table
     python benchmarks/cpu.py --rounds 1 --steps 3 --no-write
 
-Order is A-B-A: before and after each peer's steps albor takes as many, and a peer's ratio is its median step time
-over the median of the two albor runs around it. The table shows medians over rounds and their spread.
+Order is A-B-A: before and after each peer's steps albor takes as many, and a peer's ratio is its median step
+time over the median of the two albor runs around it. The table shows medians over rounds and their spread.
 
 Peers: transformers' LlamaForCausalLM in fp32 and in bf16 autocast, and a plain torch loop of this file's own
 (packed projections, SDPA, bf16 weights over fp32 masters) under torch.compile. All use PyTorch's fused AdamW,
@@ -61,13 +62,17 @@ Step = Callable[[Batch], float]
 
 
 def make_batches(count: int) -> list[Batch]:
-    """Zipf-like tokens with a little structure to learn: every token follows from the one before, or is drawn."""
+    """Zipf-like tokens with a little structure to learn: every token follows from the one before, or is
+    drawn.
+    """
     rng = np.random.default_rng(0)
     shape = (CONFIG.train.micro_batch_size, CONFIG.data.sequence_length + 1)
     batches = []
     for _ in range(count):
         drawn = np.minimum(rng.zipf(1.3, shape), CONFIG.model.vocab_size) - 1
-        window = np.where(rng.random(shape) < 0.5, drawn, np.roll(drawn, 1, axis=1) * 7 % CONFIG.model.vocab_size)
+        window = np.where(
+            rng.random(shape) < 0.5, drawn, np.roll(drawn, 1, axis=1) * 7 % CONFIG.model.vocab_size
+        )
         batches.append((window[:, :-1].copy(), window[:, 1:].copy()))
     return batches
 
@@ -92,14 +97,16 @@ def make_transformers(weights: dict[str, torch.Tensor], *, autocast: bool) -> St
     c = CONFIG.model
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
-            vocab_size=c.vocab_size, max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
+            hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads, vocab_size=c.vocab_size,
+            max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
             rope_theta=c.rope_theta, tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
         )
     )  # fmt: skip
     missing = model.load_state_dict({f"model.{k}": v.float() for k, v in weights.items()}, strict=False)
-    assert missing.missing_keys in ([], ["lm_head.weight"]) and not missing.unexpected_keys, missing
+    assert missing.missing_keys in ([], ["lm_head.weight"]), missing
+    assert not missing.unexpected_keys, missing
     optimizer = make_optimizer(dict(model.named_parameters()).values())
     model.train()
 
@@ -127,7 +134,9 @@ def make_optimizer(parameters) -> torch.optim.AdamW:
 
 
 class PlainBlock(nn.Module):
-    """Packed projections, SDPA with grouped queries, SwiGLU: what a careful person writes in plain PyTorch."""
+    """Packed projections, SDPA with grouped queries, SwiGLU: what a careful person writes in plain
+    PyTorch.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +160,9 @@ class PlainBlock(nn.Module):
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        gate, up = self.gate_up(F.rms_norm(x, (width,), self.mlp_norm, CONFIG.model.rms_norm_eps)).chunk(2, dim=-1)
+        gate, up = self.gate_up(F.rms_norm(x, (width,), self.mlp_norm, CONFIG.model.rms_norm_eps)).chunk(
+            2, dim=-1
+        )
         return x + self.down(F.silu(gate) * up)
 
 
@@ -226,7 +237,9 @@ def timed(step: Step, batches: list[Batch]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps per turn")
     parser.add_argument("--no-write", action="store_true")
@@ -235,7 +248,9 @@ def main() -> None:
     batches = make_batches(16)
     start = time.perf_counter()
     albor_step, trainer = make_albor()
-    named = {name: t.clone() for name, t in named_tensors(trainer.arena["weights"], trainer.architecture).items()}
+    named = {
+        name: t.clone() for name, t in named_tensors(trainer.arena["weights"], trainer.architecture).items()
+    }
     losses = {"albor": [albor_step(batches[0])]}
     first_step = {"albor": time.perf_counter() - start}
     if "master" in trainer.arena:  # the peers start from the same fp32 values
@@ -284,9 +299,14 @@ def main() -> None:
     }
     for name, row in systems.items():
         ratio = row["albor_is_faster_by"]
-        spread = f"{ratio:5.2f}x  ({row['ratio_range'][0]:.2f}-{row['ratio_range'][1]:.2f})" if ratio else " " * 19
-        print(f"{name:<28} {row['tokens_per_second']:>7,} tok/s  albor {spread}  first step "
-              f"{row['first_step_seconds']:6.2f} s  loss {row['loss_first']:.3f} -> {row['loss_after_16']:.3f}")  # fmt: skip
+        spread = (
+            f"{ratio:5.2f}x  ({row['ratio_range'][0]:.2f}-{row['ratio_range'][1]:.2f})" if ratio else " " * 19
+        )
+        print(
+            f"{name:<28} {row['tokens_per_second']:>7,} tok/s  albor {spread}  "
+            f"first step {row['first_step_seconds']:6.2f} s  "
+            f"loss {row['loss_first']:.3f} -> {row['loss_after_16']:.3f}"
+        )
     if not arguments.no_write:
         path = Path(__file__).parent / "results" / "cpu.json"
         path.parent.mkdir(exist_ok=True)
@@ -298,16 +318,25 @@ def environment(arguments: argparse.Namespace) -> dict[str, object]:
     def run(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line), "")
+    changed = run("git", "status", "--porcelain", "--untracked-files=no", "--", "albor", "benchmarks/cpu.py")
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python benchmarks/cpu.py --rounds {arguments.rounds} --steps {arguments.steps}",
-        "commit": run("git", "rev-parse", "HEAD") + ("+changes" if run("git", "status", "--porcelain") else ""),
-        "processor": cpu, "threads": torch.get_num_threads(), "platform": platform.platform(),
-        "versions": {"albor": albor.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                     "numpy": np.__version__, "python": platform.python_version()},
-        "shape": "8M: 6 layers, hidden 256, heads 4/2, FFN 1024, vocabulary 8192 tied, 8 x 256 tokens per step",
-    }  # fmt: skip
+        "commit": run("git", "rev-parse", "HEAD") + ("+changes" if changed else ""),
+        "processor": cpu,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": {
+            "albor": albor.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "shape": "8M: 6 layers, hidden 256, heads 4/2, FFN 1024, vocabulary 8192 tied, 8 x 256 tokens a step",
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""One thread for the arithmetic of every test, subprocesses included: the models are tiny, the bits do not depend on
-the machine's cores, and a busy neighbour does not stall each small operation at its barrier."""
+"""One thread for the arithmetic of every test, subprocesses included: the models are tiny, the bits do not
+depend on the machine's cores, and a busy neighbour does not stall each small operation at its barrier.
+"""
 
 import os
 

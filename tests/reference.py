@@ -102,7 +102,11 @@ class Reference(nn.Module):
 def unpacked(named: dict[str, torch.Tensor], c) -> dict[str, torch.Tensor]:
     """albor's parameters (or gradients) by name -> this module's names, with packed tensors split."""
     head_dim = c.hidden_size // c.num_attention_heads
-    rows = [c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim, c.num_key_value_heads * head_dim]
+    rows = [
+        c.num_attention_heads * head_dim,
+        c.num_key_value_heads * head_dim,
+        c.num_key_value_heads * head_dim,
+    ]
     out = {"embed_tokens.weight": named["embedding.tokens"], "norm.weight": named["head.norm"]}
     if not c.tie_word_embeddings:
         out["lm_head.weight"] = named["head.tokens"]

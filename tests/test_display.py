@@ -28,7 +28,7 @@ ROW = {
     "train/grad_norm": 0.87,
     "train/tokens_per_second": 5210.0,
     "train/mfu": None,
-    "memory/used_bytes": 1.5 * 2**30,
+    "memory/process": 1.5 * 2**30,
 }
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")  # sets a foreground colour
 

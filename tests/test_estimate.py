@@ -17,7 +17,8 @@ from albor.config import RunConfig, check_algebra
 from albor.configfile import load_config
 from albor.errors import ConfigError, DoesNotFit
 from albor.memory.devices import GIB, MIB, Hardware
-from albor.memory.estimate import Estimate, check_fits, estimate, plan_for_training, run_estimate
+from albor.memory.estimate import Estimate, check_fits, estimate, plan_for_training
+from albor.memory.report import run_estimate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KEYS = {
@@ -198,7 +199,7 @@ def test_a_terminal_gets_colour_and_bars() -> None:
 def test_no_torch() -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
-        "from albor.configfile import load_config\nfrom albor.memory.estimate import run_estimate\n"
+        "from albor.configfile import load_config\nfrom albor.memory.report import run_estimate\n"
         f"config = load_config(Path({str(CONFIGS / 'pretrain-350m.yaml')!r}))\n"
         "assert run_estimate(config, 'RTX 4090', None, False, Console()) == 0\n"
         "assert not {'torch', 'numpy', 'sentencepiece'} & set(sys.modules)\n"

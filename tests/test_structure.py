@@ -19,7 +19,8 @@ ROWS = (
     ("__init__", "errors", "units", "seeds", "progress", "kernels"),
     ("yamlcore", "config", "configfile", "architecture"),
     (
-        "memory.__init__", "memory.plan", "memory.devices", "memory.suggest", "memory.estimate",
+        "memory.__init__", "memory.packing", "memory.plan", "memory.devices", "memory.suggest",
+        "memory.estimate",
         "memory.report",
     ),
     ("memory.arena",),
@@ -48,7 +49,8 @@ STRANGERS = (
 )
 
 WITHOUT_TORCH = (
-    "errors", "units", "config", "configfile", "architecture", "memory.plan", "memory.devices",
+    "errors", "units", "config", "configfile", "architecture", "memory.packing", "memory.plan",
+    "memory.devices",
     "memory.suggest", "memory.estimate", "memory.report", "cli",
 )  # fmt: skip
 

@@ -18,7 +18,9 @@ class Validation:
     """What the model makes of a text."""
 
     loss: float  # mean over the target tokens, in nats
-    bits_per_byte: float | None  # of the text, whatever the tokenizer; None where the targets stand for no text
+    bits_per_byte: (
+        float | None
+    )  # of the text, whatever the tokenizer; None where the targets stand for no text
     target_tokens: int
     text_bytes: int  # UTF-8 bytes that the target tokens stand for
 
@@ -29,7 +31,11 @@ class Validation:
 
     def metrics(self) -> dict[str, float | None]:
         """As a row of metrics.jsonl names them."""
-        return {"val/loss": self.loss, "val/perplexity": self.perplexity, "val/bits_per_byte": self.bits_per_byte}
+        return {
+            "val/loss": self.loss,
+            "val/perplexity": self.perplexity,
+            "val/bits_per_byte": self.bits_per_byte,
+        }
 
 
 def validate(

@@ -15,8 +15,8 @@ class Arena:
     """One slab of bytes per place (device, pinned, host), and the plan's buffers as tensors in them.
 
     With `poison`, every buffer is filled with NaN (integers: with their smallest value) when its life begins.
-    A kernel that reads what nobody wrote, or a lifetime that is too short, then shows in the result. It is for
-    tests, and for `initialise`: fresh memory is poisoned there in any case.
+    A kernel that reads what nobody wrote, or a lifetime that is too short, then shows in the result. It is
+    for tests, and for `initialise`: fresh memory is poisoned there in any case.
     """
 
     def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu", *, poison: bool = False):
@@ -26,7 +26,9 @@ class Arena:
         self._phase_index = {phase: index for index, phase in enumerate(plan.phases)}
         self.slabs = {
             "device": torch.empty(plan.size("device"), dtype=torch.uint8, device=self.device),
-            "pinned": torch.empty(plan.size("pinned"), dtype=torch.uint8, pin_memory=self.device.type == "cuda"),
+            "pinned": torch.empty(
+                plan.size("pinned"), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+            ),
             "host": torch.empty(plan.size("host"), dtype=torch.uint8),
         }
         self._views: dict[str, torch.Tensor] = {}
@@ -40,11 +42,17 @@ class Arena:
         """The buffer called `name`, in its planned shape and dtype."""
         return self._views[name]
 
+    def get(self, name: str) -> torch.Tensor | None:
+        """The buffer called `name`, or None where this plan has no use for it."""
+        return self._views.get(name)
+
     def __contains__(self, name: str) -> bool:
         return name in self._views
 
     def parameter(self, flat: str, parameter: Parameter) -> torch.Tensor:
-        """`parameter`'s elements in the flat buffer `flat` (weights, master, moments.first, ...), in its shape."""
+        """`parameter`'s elements in the flat buffer `flat` (weights, master, moments.first, ...), in its
+        shape.
+        """
         return self[flat][parameter.offset : parameter.offset + parameter.size].view(parameter.shape)
 
     def enter(self, phase: str) -> None:

@@ -5,10 +5,9 @@ No torch: the answer comes in the time that Python and pydantic take to start.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from albor.architecture import Architecture
 from albor.config import RunConfig
@@ -27,9 +26,6 @@ from albor.memory.devices import (
 )
 from albor.memory.plan import MemoryPlan, plan_training
 from albor.memory.suggest import Suggestion, nearest_fits
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -218,17 +214,3 @@ def check_fits(target: Estimate) -> None:
     if target.fits is False:
         verdict = f"{target.hardware.description}: {target.verdict}"
         raise DoesNotFit("\n".join([verdict, *target.advice]))
-
-
-def run_estimate(
-    config: RunConfig, gpu: str | None, vram: int | None, as_json: bool, console: Console
-) -> int:
-    """The command: prints the estimate and returns the exit code, 4 where the run does not fit."""
-    result = estimate(config, gpu, vram)
-    if as_json:
-        print(json.dumps(result.as_json(), indent=2), file=console.file)
-    else:
-        from albor.memory.report import render
-
-        render(result, console)
-    return DoesNotFit.exit_code if result.fits is False else 0

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from albor.config import RunConfig
+from albor.errors import DoesNotFit
 from albor.memory.devices import ESTIMATED, format_bytes
 from albor.memory.estimate import Estimate
+from albor.memory.estimate import estimate as estimate_run
 from albor.memory.plan import peak_buffers
 
 _BAR_WIDTH = 28
@@ -70,3 +75,15 @@ def _add_heading(table: Table, title: str, size: int, whole: int) -> None:
 def _print(console: Console, line: str, style: str = "") -> None:
     # Not wrapped: an override must survive being copied. No markup: names are the user's.
     console.print(Text(line, style=style), soft_wrap=True)
+
+
+def run_estimate(
+    config: RunConfig, gpu: str | None, vram: int | None, as_json: bool, console: Console
+) -> int:
+    """The command: prints the estimate and returns the exit code, 4 where the run does not fit."""
+    result = estimate_run(config, gpu, vram)
+    if as_json:
+        print(json.dumps(result.as_json(), indent=2), file=console.file)
+    else:
+        render(result, console)
+    return DoesNotFit.exit_code if result.fits is False else 0

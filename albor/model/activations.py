@@ -31,7 +31,9 @@ class Activations:
         """Block `layer`'s own buffers where the plan keeps them, else the ones shared under `scratch`."""
         own = f"{block_name(layer)}."
         names = {f.name: f"{own}{f.name}" for f in fields(cls)}
-        return cls(**{key: arena[name if name in arena else f"{scratch}.{key}"] for key, name in names.items()})
+        return cls(
+            **{key: arena[name if name in arena else f"{scratch}.{key}"] for key, name in names.items()}
+        )
 
     @classmethod
     def shared(cls, arena: Arena, scratch: str) -> Activations:

@@ -16,8 +16,8 @@ from albor.model.parameters import BlockTensors, block_tensors
 class Block:
     """Forward and backward of block `layer` over the arena's buffers.
 
-    The residual stream travels as a pair (residual, delta) that has yet to be added: the next norm adds the two
-    in the same pass in which it normalises.
+    The residual stream travels as a pair (residual, delta) that has yet to be added: the next norm adds the
+    two in the same pass in which it normalises.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class Block:
     def forward(
         self, residual: torch.Tensor, delta: torch.Tensor | None, activations: Activations | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pair (residual, delta) after the block, (N, C) each; fills `activations` (default: the kept ones).
+        """The pair (residual, delta) after the block, (N, C) each; fills `activations` (default: the kept
+        ones).
 
         A first block takes its own input buffer as `residual`, and no delta.
         """
@@ -50,7 +51,9 @@ class Block:
         return a.middle, a.delta
 
     def backward(self, d_x: torch.Tensor, d: BlockGradients, d_weights: BlockTensors) -> None:
-        """d_x (N, C): the gradient of the block's output on entry, of its input on return; fills d_weights."""
+        """d_x (N, C): the gradient of the block's output on entry, of its input on return; fills
+        d_weights.
+        """
         a, w, work = self.restored, self.weights, self.feed_forward.work
         assert a is not None, "an inference plan has no backward"
         if self.recompute == "block":

@@ -18,7 +18,9 @@ class FeedForward:
 
     def forward_to_gate_up(self, w: BlockTensors, a: Activations) -> None:
         """a.middle = a.input + a.delta, and everything up to the gate_up GEMM: what the backward reads."""
-        ops.rmsnorm_forward(a.input, a.delta, w.mlp_norm, self.eps, a.middle, a.mlp_normed, a.mlp_rstd, self.work)
+        ops.rmsnorm_forward(
+            a.input, a.delta, w.mlp_norm, self.eps, a.middle, a.mlp_normed, a.mlp_rstd, self.work
+        )
         ops.linear_forward(a.mlp_normed, w.gate_up, a.gate_up)
 
     def forward(self, w: BlockTensors, a: Activations) -> None:
@@ -27,11 +29,15 @@ class FeedForward:
         ops.swiglu_forward(a.gate_up, a.hidden)
         ops.linear_forward(a.hidden, w.down, a.delta)
 
-    def backward(self, d_x: torch.Tensor, w: BlockTensors, a: Activations, d: BlockGradients, d_w: BlockTensors) -> None:
+    def backward(
+        self, d_x: torch.Tensor, w: BlockTensors, a: Activations, d: BlockGradients, d_w: BlockTensors
+    ) -> None:
         """d_x (N, C): the gradient after the layer's addition on entry, before it on return."""
         ops.linear_backward_input(d_x, w.down, d.hidden)
         ops.swiglu_backward(d.hidden, a.gate_up, a.hidden, self.work)  # a.gate_up becomes its gradient
         ops.linear_backward_weight(d_x, a.hidden, d_w.down)
         ops.linear_backward_input(a.gate_up, w.gate_up, d.normed)
         ops.linear_backward_weight(a.gate_up, a.mlp_normed, d_w.gate_up)
-        ops.rmsnorm_backward(d.normed, a.middle, a.mlp_rstd, w.mlp_norm, d_x, d_w.mlp_norm, self.work, add=True)
+        ops.rmsnorm_backward(
+            d.normed, a.middle, a.mlp_rstd, w.mlp_norm, d_x, d_w.mlp_norm, self.work, add=True
+        )

@@ -1,6 +1,7 @@
 """The output head: final norm, projection to the vocabulary and cross-entropy, a chunk of tokens at a time.
 
-Logits exist for one chunk only: with a vocabulary of 32,768 and 2,048 x 8 tokens they would be 2.1 GB in fp32.
+Logits exist for one chunk only: with a vocabulary of 32,768 and 2,048 x 8 tokens they would be 2.1 GB in
+fp32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Head:
         table = {p.name: p for p in model.parameters}
         self.norm = view(arena["weights"], table["head.norm"])
         self.tied = model.tie_word_embeddings
-        self.tokens = view(arena["weights"], table["embedding.tokens" if self.tied else "head.tokens"])  # (V, C)
+        self.tokens = view(
+            arena["weights"], table["embedding.tokens" if self.tied else "head.tokens"]
+        )  # (V, C)
         if "gradients.head" in arena:
             start = min(p.offset for p in model.parameters if p.block == "head")
             self.d_norm = view(arena["gradients.head"], table["head.norm"], start)
@@ -64,12 +67,19 @@ class Head:
             pass
 
     def _losses(
-        self, normed: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, phase: str, scale: float | None
+        self,
+        normed: torch.Tensor,
+        targets: torch.Tensor,
+        losses: torch.Tensor,
+        phase: str,
+        scale: float | None,
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Fills losses chunk by chunk, yielding each chunk's rows and its logits, which then hold their gradient."""
+        """Fills losses chunk by chunk, yielding each chunk's rows and its logits, which then hold their
+        gradient.
+        """
         logits_buffer = self.arena[f"{phase}.logits"]
         wide_name = f"{phase}.probabilities"
-        wide_buffer = self.arena[wide_name] if wide_name in self.arena else None
+        wide_buffer = self.arena.get(wide_name)
         for start in range(0, normed.shape[0], logits_buffer.shape[0]):
             rows = slice(start, min(start + logits_buffer.shape[0], normed.shape[0]))
             count = rows.stop - start

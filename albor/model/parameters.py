@@ -32,7 +32,9 @@ def view(flat: torch.Tensor, parameter: Parameter, start: int = 0) -> torch.Tens
 def block_tensors(flat: torch.Tensor, model: Architecture, layer: int, start: int = 0) -> BlockTensors:
     """Block `layer`'s tensors in a flat buffer whose first element is element `start` of the full layout."""
     name = block_name(layer)
-    views = {p.name.removeprefix(f"{name}."): view(flat, p, start) for p in model.parameters if p.block == name}
+    views = {
+        p.name.removeprefix(f"{name}."): view(flat, p, start) for p in model.parameters if p.block == name
+    }
     return BlockTensors(
         attention_norm=views["attention.norm"],
         qkv=views["attention.qkv"],
@@ -49,15 +51,18 @@ def named_tensors(flat: torch.Tensor, model: Architecture) -> dict[str, torch.Te
 
 
 def master_weights(arena: Arena) -> torch.Tensor:
-    """The flat weights that the optimizer updates: the wide copy where there is one, else the weights themselves."""
+    """The flat weights that the optimizer updates: the wide copy where there is one, else the weights
+    themselves.
+    """
     return arena["master"] if "master" in arena else arena["weights"]
 
 
 def initialise(arena: Arena, model: Architecture, seed: int) -> None:
     """Fills the weights with their initial values and everything that is summed into with zeros.
 
-    Each parameter draws from a generator of its own, on the CPU, so that its values do not depend on the device
-    or on the other parameters. Padding between parameters is zero, so that norms over flat slices are right.
+    Each parameter draws from a generator of its own, on the CPU, so that its values do not depend on the
+    device or on the other parameters. Padding between parameters is zero, so that norms over flat slices are
+    right.
     """
     master = master_weights(arena)
     for flat in (master, arena["weights"], arena["moments.first"], arena["moments.second"]):

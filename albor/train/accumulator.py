@@ -22,11 +22,13 @@ class PerBlockGradientAccumulator:
         self.blocks = {block.name: block for block in model.blocks}
         self.sums = arena["gradients.accumulator"]  # flat, wide
         self.work = work
-        # On CUDA with host sums, a gradient crosses the bus through pinned memory; elsewhere it is added in place.
-        self.transfer = arena["gradients.transfer"] if "gradients.transfer" in arena else None
-        self.returned = arena["gradients.returned"] if "gradients.returned" in arena else None
-        self.staging = arena["gradients.return_staging"] if "gradients.return_staging" in arena else None
-        # Between parameters lies alignment padding, which nobody writes: it comes along with whatever it held.
+        # On CUDA with host sums, a gradient crosses the bus through pinned memory; elsewhere it is added in
+        # place.
+        self.transfer = arena.get("gradients.transfer")
+        self.returned = arena.get("gradients.returned")
+        self.staging = arena.get("gradients.return_staging")
+        # Between parameters lies alignment padding, which nobody writes: it comes along with whatever it
+        # held.
         ends = (*(p.offset for p in model.parameters[1:]), model.flat_size)
         gaps = ((p.offset + p.size, end) for p, end in zip(model.parameters, ends, strict=True))
         self._padding = [self.sums[start:end] for start, end in gaps if start < end]
@@ -54,7 +56,9 @@ class PerBlockGradientAccumulator:
             ops.accumulate(gradient, sums, self.work)
 
     def norm(self) -> float:
-        """The L2 norm of the summed gradient over all parameters; comes before anything else reads the sums."""
+        """The L2 norm of the summed gradient over all parameters; comes before anything else reads the
+        sums.
+        """
         for padding in self._padding:
             padding.zero_()
         # Per block, then over the blocks in float64: the order of summation is fixed.

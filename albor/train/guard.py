@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-_GROWTH_INTERVAL = 2000  # good steps after which fp16 tries twice the loss scale (the usual choice: torch.amp's)
+_GROWTH_INTERVAL = (
+    2000  # good steps after which fp16 tries twice the loss scale (the usual choice: torch.amp's)
+)
 _LARGEST_SCALE = 2.0**24
 
 
@@ -19,15 +21,17 @@ class GuardState:
 
     @classmethod
     def initial(cls, compute_dtype: str) -> GuardState:
-        """A new run's state. fp16 gradients of a small model vanish without a scale; bf16 has fp32's range."""
+        """A new run's state. fp16 gradients of a small model vanish without a scale; bf16 has fp32's
+        range.
+        """
         return cls(loss_scale=2.0**16) if compute_dtype == "float16" else cls()
 
 
 def judge(state: GuardState, loss: float, norm: float, compute_dtype: str) -> tuple[bool, GuardState]:
     """Whether a step with this loss and gradient norm may update the weights, and the state after it.
 
-    An fp16 gradient that overflowed only because of the scale is no divergence: the scale is halved, and the step
-    counts as skipped in a row only once the scale can go no lower.
+    An fp16 gradient that overflowed only because of the scale is no divergence: the scale is halved, and the
+    step counts as skipped in a row only once the scale can go no lower.
     """
     if math.isfinite(loss) and math.isfinite(norm):
         good = state.good_steps + 1

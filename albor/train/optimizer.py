@@ -18,7 +18,9 @@ class AdamW:
         self.weights, self.master = arena["weights"], master_weights(arena)
         self.first, self.second = arena["moments.first"], arena["moments.second"]
 
-    def update(self, accumulator: PerBlockGradientAccumulator, lr: float, update: int, gradient_scale: float) -> None:
+    def update(
+        self, accumulator: PerBlockGradientAccumulator, lr: float, update: int, gradient_scale: float
+    ) -> None:
         """Update number `update`, counted from 1, by the summed gradient times `gradient_scale`."""
         for block in self.blocks:
             gradient = accumulator.gradient(block)

@@ -7,7 +7,7 @@ nothing is read back to the host except the loss and the gradient norm, once, at
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class TrainState:
 
     step: int = 0  # steps done, skipped ones included: the schedule and the data go by this
     updates: int = 0  # steps that changed the weights: the bias correction goes by this
-    guard: GuardState = GuardState()
+    guard: GuardState = field(default_factory=GuardState)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Trainer:
     def __init__(self, config: RunConfig, arena: Arena):
         self.config, self.arena = config, arena
         self.architecture = Architecture.from_config(config.model)
-        self.model = Transformer(self.architecture, arena, config.data.sequence_length, config.train.recompute)
+        self.model = Transformer(
+            self.architecture, arena, config.data.sequence_length, config.train.recompute
+        )
         self.accumulator = PerBlockGradientAccumulator(self.architecture, arena, self.model.work)
         self.optimizer = AdamW(config.optimizer, self.architecture, arena)
         self.layers = self.architecture.num_hidden_layers
@@ -67,7 +69,8 @@ class Trainer:
     def step(self, batches: Iterable[Batch], state: TrainState) -> tuple[StepResult, TrainState]:
         """One optimizer step over `gradient_accumulation_steps` micro-batches."""
         config, arena = self.config, self.arena
-        # The head divides by the tokens of a full batch; what is padding is made up for at the end, when it is known.
+        # The head divides by the tokens of a full batch; what is padding is made up for at the end, when it
+        # is known.
         scale = state.guard.loss_scale / config.tokens_per_step
         target_tokens = 0
         self.accumulator.begin()

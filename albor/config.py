@@ -82,10 +82,15 @@ class PythonStdlibSource(_SourceConfig):
 
 
 class FilesSource(_SourceConfig):
-    """Text or code files, one document each."""
+    """Text or code files, one document each or several with a separator between them."""
 
     kind: Literal["files"]
     path: Text = Field(description="A file, a folder (read recursively), or a glob such as corpus/**/*.txt.")
+    separator: Text | None = Field(
+        None,
+        description="Text between the documents of one file, such as <|endoftext|> or a blank line; null: a "
+        "file is one document.",
+    )
 
 
 class JsonlSource(_SourceConfig):

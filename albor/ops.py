@@ -476,11 +476,15 @@ def cross_entropy(
 # Gradient and optimizer arithmetic over flat buffers
 
 
-def accumulate(gradient: torch.Tensor, sums: torch.Tensor, work: Workspace) -> None:
-    """sums += gradient; both flat, sums wide. Widened chunk by chunk, because PyTorch would copy it whole."""
-    wide = work.wide[0].view(-1)
-    for part in _chunks(gradient.numel(), wide.numel()):
-        chunk = wide[: part.stop - part.start]
+def accumulate(gradient: torch.Tensor, sums: torch.Tensor, scratch: torch.Tensor) -> None:
+    """sums += gradient; both flat, sums wide; widened chunk by chunk in `scratch`, where PyTorch would copy it
+    whole. All three are on one device.
+    """
+    if gradient.dtype == sums.dtype:
+        sums.add_(gradient)
+        return
+    for part in _chunks(gradient.numel(), scratch.numel()):
+        chunk = scratch[: part.stop - part.start]
         chunk.copy_(gradient[part])
         sums[part].add_(chunk)
 
@@ -507,10 +511,10 @@ def adamw(
     """
     torch._fused_adamw_(
         [master], [gradient], [first], [second], [],
-        [torch.tensor(float(step))],
+        [torch.tensor(float(step), device=master.device)],
         lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
         amsgrad=False, maximize=False,
-        grad_scale=torch.tensor(1.0 / gradient_scale),  # PyTorch divides by this, in the same pass
+        grad_scale=torch.tensor(1.0 / gradient_scale, device=master.device),  # in the same pass: it divides
     )  # fmt: skip
     if weights.data_ptr() != master.data_ptr():
         weights.copy_(master)

@@ -64,6 +64,19 @@ def test_a_single_file_and_a_glob(tmp_path):
     assert len(read(files_source(tmp_path / "odd[1].txt"))[0]) == 1
 
 
+def test_a_separator_cuts_a_file_into_documents(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("one\ntwo\n\nthree\n\n\n\nfour\n")
+    documents, report = read(files_source(path, separator="\n\n"))
+    assert documents == [
+        ("input.txt part 1", "one\ntwo"),
+        ("input.txt part 2", "three"),
+        ("input.txt part 3", "four\n"),
+    ]
+    assert (report.documents, counts(report)) == (3, {})
+    assert len(read(files_source(path))[0]) == 1
+
+
 def test_text_is_read_exactly(tmp_path):
     text = "\ufeff  tabs\t\r\nold mac\rlines\u2028 \u2581 \x85 end"
     (tmp_path / "exact.txt").write_bytes(text.encode())

@@ -18,11 +18,13 @@ from helpers import (
     make_trainer,
     reference_loss,
     spread_norms,
+    trainer_over,
     weights_of,
 )
 from reference import unpacked
 
 from albor.config import RunConfig, ScheduleConfig
+from albor.memory.plan import plan_training
 from albor.ops import IGNORED
 from albor.train.guard import GuardState, judge
 from albor.train.schedule import learning_rate
@@ -86,6 +88,17 @@ def test_sums_on_the_host_and_on_the_device_have_the_same_bits(dtype: str):
     assert host.arena.plan.size("host") > device.arena.plan.size("host"), "the places are the same"
     assert train(host, 3) == train(device, 3)
     assert same_bits(state_tensors(host), state_tensors(device))
+
+
+def test_the_way_over_the_bus_changes_no_bit():
+    """A GPU run's plan, with its transfer buffers, in an arena on the CPU: all copies, and no bus."""
+    config = make_config(gradient_accumulation_steps=3, head_chunk_tokens=8)
+    there = trainer_over(config, plan_training(config, "cuda", "bfloat16", "cpu"))
+    assert there.accumulator.transfer is not None
+    assert there.accumulator.returned is not None
+    here = make_trainer(config, "bfloat16")
+    assert train(here, 3) == train(there, 3)
+    assert same_bits(state_tensors(here), state_tensors(there))
 
 
 # Clipping

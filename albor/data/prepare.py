@@ -267,5 +267,5 @@ def _require_windows(config: RunConfig, prepared: PreparedData) -> None:
         raise DataError(
             f"data.validation_fraction {config.data.validation_fraction:g} holds out {held_out:,} of "
             f"{documents:,} documents, {found:,} tokens, fewer than the {needed:,} of one sequence; raise "
-            "it, or give the text as more files (documents are held out whole)"
+            "it, or give more documents, in files or with a separator (they are held out whole)"
         )

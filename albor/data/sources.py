@@ -219,8 +219,10 @@ def _texts(source: Source, report: SourceReport) -> Iterator[tuple[str, Any]]:
             continue
         try:
             match source:
-                case PythonStdlibSource() | FilesSource():
-                    yield from _whole_file(file, report)
+                case PythonStdlibSource():
+                    yield from _text_file(file, None, report)
+                case FilesSource():
+                    yield from _text_file(file, source.separator, report)
                 case JsonlSource():
                     yield from _json_lines(file, source.text_key, report)
                 case ParquetSource():
@@ -229,7 +231,7 @@ def _texts(source: Source, report: SourceReport) -> Iterator[tuple[str, Any]]:
             report.skip(UNREADABLE, file.name)
 
 
-def _whole_file(file: SourceFile, report: SourceReport) -> Iterator[tuple[str, str]]:
+def _text_file(file: SourceFile, separator: str | None, report: SourceReport) -> Iterator[tuple[str, str]]:
     data = file.path.read_bytes()
     if b"\0" in data:
         report.skip(BINARY, file.name)
@@ -239,7 +241,11 @@ def _whole_file(file: SourceFile, report: SourceReport) -> Iterator[tuple[str, s
     except UnicodeDecodeError:
         report.skip(NOT_UTF8, file.name)
         return
-    yield file.name, text
+    if separator is None:
+        yield file.name, text
+        return
+    parts = (part for part in text.split(separator) if part.strip())  # between two in a row is no document
+    yield from ((f"{file.name} part {number}", part) for number, part in enumerate(parts, 1))
 
 
 def _json_lines(file: SourceFile, text_key: str, report: SourceReport) -> Iterator[tuple[str, Any]]:

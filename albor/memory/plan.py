@@ -37,6 +37,7 @@ ALIGNMENT_BYTES = (
 ROW_CHUNK = (
     256  # tokens that elementwise arithmetic takes at a time on the torch path, to stay in the L2 cache
 )
+WIDENED = 65536  # elements of a half-precision gradient that are widened at a time to be added to the sums
 QUERY_BLOCK = 256  # queries whose attention scores exist at one time on the torch path
 
 ACTIVATIONS = (
@@ -98,7 +99,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Buffers with offsets. Equal configurations give equal plans, on every machine."""
+    """Buffers with offsets. Equal configurations give equal buffers, on every machine."""
 
     phases: tuple[str, ...]
     buffers: tuple[Buffer, ...]
@@ -307,6 +308,7 @@ def _add_gradients(draft: _Draft, model: Architecture, accumulator: str, device:
     """The sum over micro-batches in fp32, and the buffers that backward writes into on the device."""
     place: Place = "device" if accumulator == "gpu" else "host"
     draft.add("gradients.accumulator", (model.flat_size,), "gradients", dtype=draft.wide_dtype, place=place)
+    draft.add("gradients.widened", (WIDENED,), "gradients", dtype=draft.wide_dtype, place=place)
     sizes = {block.name: block.size for block in model.blocks}
     layers = model.num_hidden_layers
     # Two, so that one can leave the device while the next block's backward fills the other.

@@ -18,10 +18,10 @@ from albor.memory.arena import Arena
 class PerBlockGradientAccumulator:
     """The sum of the gradients of a step's micro-batches, one slice per block."""
 
-    def __init__(self, model: Architecture, arena: Arena, work: ops.Workspace):
+    def __init__(self, model: Architecture, arena: Arena):
         self.blocks = {block.name: block for block in model.blocks}
         self.sums = arena["gradients.accumulator"]  # flat, wide
-        self.work = work
+        self.scratch = arena["gradients.widened"]  # where the sums are
         # On CUDA with host sums, a gradient crosses the bus through pinned memory; elsewhere it is added in
         # place.
         self.transfer = arena.get("gradients.transfer")
@@ -53,7 +53,7 @@ class PerBlockGradientAccumulator:
         if self._first:
             sums.copy_(gradient)
         else:
-            ops.accumulate(gradient, sums, self.work)
+            ops.accumulate(gradient, sums, self.scratch)
 
     def norm(self) -> float:
         """The L2 norm of the summed gradient over all parameters; comes before anything else reads the

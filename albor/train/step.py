@@ -55,7 +55,7 @@ class Trainer:
         self.model = Transformer(
             self.architecture, arena, config.data.sequence_length, config.train.recompute
         )
-        self.accumulator = PerBlockGradientAccumulator(self.architecture, arena, self.model.work)
+        self.accumulator = PerBlockGradientAccumulator(self.architecture, arena)
         self.optimizer = AdamW(config.optimizer, self.architecture, arena)
         self.layers = self.architecture.num_hidden_layers
         # Two gradient buffers for all blocks, used in turn; a block sees its slot under its own tensor names.

@@ -371,9 +371,13 @@ def test_two_processes_do_not_train_one_run(config: Path):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_recorded(config: Path):
+    """And a resume knows that there was one update less."""
     patch = during(6, poison)
-    assert call("train", config).code == 0
+    assert call("train", config, "name=unstopped").code == 0
+    stop_in(7, config)
     patch.undo()
+    assert call("train", config).code == 0
+    assert bits(RUN) == bits(Path("runs/unstopped"))
     (event,) = events(RUN, "skipped_step")
     assert (event["step"], event["loss"]) == (6, "nan")
     (row,) = (row for row in rows(RUN) if row["step"] == 6)

@@ -477,8 +477,8 @@ def cross_entropy(
 
 
 def accumulate(gradient: torch.Tensor, sums: torch.Tensor, scratch: torch.Tensor) -> None:
-    """sums += gradient; both flat, sums wide; widened chunk by chunk in `scratch`, where PyTorch would copy it
-    whole. All three are on one device.
+    """sums += gradient; both flat, sums wide. It is widened chunk by chunk in `scratch`, where PyTorch would
+    copy it whole. All three are on one device.
     """
     if gradient.dtype == sums.dtype:
         sums.add_(gradient)

@@ -53,6 +53,7 @@ def test_find_gpu(name: str, meant: str) -> None:
     ("name", "says"),
     [
         ("RTX 4900", "did you mean RTX 4090"),
+        ("RTX 409", "did you mean RTX 4090"),  # and not a card of 409 GB
         ("A100", "more than one card; did you mean A100 40GB or A100 80GB"),
         ("RTX 4090 Laptop GPU", "not a card that albor knows"),  # another card, with 16 GB
         ("RTX 3060 8GB", "not a card that albor knows"),

@@ -117,10 +117,11 @@ def find_gpu(name: str) -> Gpu:
     close = [gpu.name for gpu in found]
     if not close:
         names = {_key(gpu.name)[0]: gpu.name for gpu in GPUS}
-        close = [names[key] for key in difflib.get_close_matches(_key(name)[0], names, n=2, cutoff=0.5)]
+        whole = _NOISE.sub("", name.lower())  # in "RTX 409", 409 is no memory
+        close = [names[key] for key in difflib.get_close_matches(whole, names, n=2, cutoff=0.5)]
     meant = f"did you mean {' or '.join(close)}? " if close else ""
     what = "is more than one card" if found else "is not a card that albor knows"
-    remedy = f"{meant}Known: {known}. For any other card, give its memory: --vram 24GiB"
+    remedy = f"{meant}known are {known}. For any other card, give its memory: --vram 24GiB"
     raise ConfigError([Problem("--gpu", f"{name!r} {what}", remedy, "command line")])
 
 

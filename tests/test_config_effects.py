@@ -1,0 +1,254 @@
+"""No key is read and forgotten: for each there is a run that goes otherwise when it is changed.
+
+The keys are enumerated from the models, so that a new one without an entry fails. And the two halves of a
+promise are held together here: a key that may change when a run resumes never changes what is learned.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, get_args
+
+import pytest
+from pydantic import BaseModel
+from run_cases import call, checkpoints, events, rows, tree, write_project
+
+from albor.checkpoint import find_latest
+from albor.config import RunConfig, Source
+from albor.configfile import load_config
+from albor.errors import ConfigError
+from albor.train.run_directory import check_resumable
+
+SHORT = ("train.max_steps=6", "schedule.warmup_steps=3", "evaluate.every_steps=3", "checkpoint.every_steps=3")
+TOKENS = ("train.max_steps=null", "train.max_tokens=500")
+SOURCES = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(Source)[0])}
+
+
+Observe = Callable[..., dict[str, Any]]
+
+
+class Effect(NamedTuple):
+    """With `change`, the parts of what a run shows that are named in `shows` are other ones than without it.
+    `base` are overrides of both runs."""
+
+    key: str
+    change: str
+    shows: str
+    base: tuple[str, ...] = ()
+
+
+def source(kind: str, **keys: Any) -> str:
+    """The override to a source of `kind` (see `project`) beside one of 20 files."""
+    where = {"hf": "org/set", "python-stdlib": None}.get(kind, f"PROJECT/{kind}")
+    given = {"kind": kind} | ({"path": where} if where else {"max_bytes": 60_000}) | keys
+    return "data.sources=" + json.dumps([given, {"kind": "files", "path": "PROJECT/corpus"}])
+
+
+def source_effects(kind: str) -> Iterator[Effect]:
+    """Those of the keys that every kind of source has."""
+    base = (source(kind), "model.vocab_size=500" if kind == "python-stdlib" else "model.vocab_size=360")
+    yield Effect(f"data.sources.{kind}.weight", source(kind, weight=3.0), "loss weights", base)
+    yield Effect(f"data.sources.{kind}.max_bytes", source(kind, max_bytes=1000), "data", base)
+    # Text files read Parquet's bytes as no text, and know no hub.
+    other = source("jsonl" if kind == "files" else "files", path=f"PROJECT/{kind}")
+    shows = "data" if kind in ("files", "jsonl") else "code"
+    yield Effect(f"data.sources.{kind}.kind", other, shows, base)
+
+
+PARQUET = (source("parquet"),)
+EFFECTS = [
+    Effect("name", "name=other", "places"),
+    Effect("runs_dir", "runs_dir=elsewhere", "places"),
+    Effect("seed", "seed=8", "loss weights"),
+    Effect("device", "device=cuda", "code"),  # there is none
+    Effect("model.hidden_size", "model.hidden_size=48", "plan loss weights"),
+    Effect("model.intermediate_size", "model.intermediate_size=96", "plan loss weights"),
+    Effect("model.num_hidden_layers", "model.num_hidden_layers=3", "plan loss weights"),
+    Effect("model.num_attention_heads", "model.num_attention_heads=4", "plan loss weights"),
+    Effect("model.num_key_value_heads", "model.num_key_value_heads=2", "plan loss weights"),
+    Effect("model.vocab_size", "model.vocab_size=350", "tokenizer data plan"),
+    Effect("model.max_position_embeddings", "model.max_position_embeddings=128", "plan"),
+    Effect("model.rope_theta", "model.rope_theta=100", "loss weights"),
+    Effect("model.rms_norm_eps", "model.rms_norm_eps=1e-3", "loss weights"),
+    Effect("model.tie_word_embeddings", "model.tie_word_embeddings=false", "plan loss weights"),
+    Effect("model.initializer_range", "model.initializer_range=0.03", "loss weights"),
+    Effect("tokenizer.kind", "tokenizer.kind=unigram", "code"),  # there is one choice
+    Effect("tokenizer.path", "tokenizer.path=PROJECT/other.model", "tokenizer data"),
+    Effect("tokenizer.sample_bytes", "tokenizer.sample_bytes=6KB", "tokenizer data"),
+    Effect("data.sequence_length", "data.sequence_length=16", "plan loss tokens"),
+    Effect("data.validation_fraction", "data.validation_fraction=0.4", "data"),
+    Effect("data.max_epochs", "data.max_epochs=0.1", "code"),
+    Effect("data.cache_dir", "data.cache_dir=elsewhere", "places"),
+    *(effect for kind in SOURCES for effect in source_effects(kind)),
+    Effect("data.sources.files.path", source("files", path="PROJECT/jsonl"), "data", (source("files"),)),
+    Effect("data.sources.files.separator", source("files", separator="title"), "data", (source("files"),)),
+    Effect("data.sources.jsonl.path", source("jsonl", path="PROJECT/other"), "data", (source("jsonl"),)),
+    Effect("data.sources.jsonl.text_key", source("jsonl", text_key="title"), "data", (source("jsonl"),)),
+    Effect("data.sources.parquet.path", source("parquet", path="PROJECT/other"), "data", PARQUET),
+    Effect("data.sources.parquet.text_key", source("parquet", text_key="title"), "data", PARQUET),
+    *(
+        Effect(f"data.sources.hf.{key}", source("hf", **{key: "title"}), "data", (source("hf"),))
+        for key in ("path", "subset", "split", "revision", "text_key")
+    ),
+    Effect("optimizer.name", "optimizer.name=sgd", "code"),  # there is one choice
+    Effect("optimizer.lr", "optimizer.lr=2e-2", "lr loss weights"),
+    Effect("optimizer.betas", "optimizer.betas=[0.8, 0.95]", "loss weights"),
+    Effect("optimizer.betas", "optimizer.betas=[0.9, 0.99]", "loss weights"),
+    Effect("optimizer.eps", "optimizer.eps=1e-3", "loss weights"),
+    Effect("optimizer.weight_decay", "optimizer.weight_decay=0", "loss weights"),
+    Effect("optimizer.grad_clip", "optimizer.grad_clip=0.5", "loss weights"),
+    Effect("schedule.kind", "schedule.kind=linear", "lr weights"),
+    Effect("schedule.warmup_steps", "schedule.warmup_steps=2", "lr weights"),
+    Effect("schedule.min_lr_ratio", "schedule.min_lr_ratio=0.5", "lr weights"),
+    Effect("schedule.decay_fraction", "schedule.decay_fraction=0.5", "lr weights", ("schedule.kind=wsd",)),
+    Effect("train.max_steps", "train.max_steps=5", "rows lr tokens"),
+    Effect("train.max_tokens", "train.max_tokens=700", "rows lr tokens", TOKENS),
+    Effect("train.micro_batch_size", "train.micro_batch_size=2", "plan loss tokens"),
+    Effect("train.gradient_accumulation_steps", "train.gradient_accumulation_steps=2", "loss tokens"),
+    Effect("train.precision", "train.precision=bf16", "plan loss weights"),
+    Effect("train.precision", "train.precision=fp16", "code"),  # needs a GPU
+    Effect("train.accumulator", "train.accumulator=gpu", "plan"),
+    Effect("train.recompute", "train.recompute=cheap", "plan"),
+    Effect("train.recompute", "train.recompute=block", "plan"),
+    Effect("train.head_chunk_tokens", "train.head_chunk_tokens=8", "plan"),
+    Effect("train.max_skipped_steps", "train.max_skipped_steps=2", "skipped", ("optimizer.lr=1e30",)),
+    Effect("evaluate.every_steps", "evaluate.every_steps=2", "evaluations samples"),
+    Effect("evaluate.batches", "evaluate.batches=1", "validation"),
+    Effect("evaluate.prompts", 'evaluate.prompts=["a"]', "samples"),
+    Effect("evaluate.final_batches", "evaluate.final_batches=1", "final"),
+    Effect("evaluate.sample_tokens", "evaluate.sample_tokens=3", "samples"),
+    Effect("evaluate.temperature", "evaluate.temperature=0", "samples"),
+    Effect("checkpoint.every_steps", "checkpoint.every_steps=2", "saved"),
+    Effect("checkpoint.keep_last", "checkpoint.keep_last=1", "kept"),
+    Effect("log.every_steps", "log.every_steps=2", "rows"),
+]
+
+
+def keys(section: type[BaseModel] = RunConfig, path: str = "") -> Iterator[str]:
+    """Every key that holds a value; a source's under its kind."""
+    for name, field in section.model_fields.items():
+        if path + name == "data.sources":
+            for kind, below in SOURCES.items():
+                yield from keys(below, f"{path}{name}.{kind}.")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{path}{name}.")
+        else:
+            yield path + name
+
+
+def test_every_key_has_an_entry():
+    assert sorted({effect.key for effect in EFFECTS}) == sorted(keys())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration, and beside it what the sources of the entries read."""
+    config = write_project(tmp_path_factory.mktemp("project"))
+    home = config.parent
+    texts = [path.read_text() for path in sorted((home / "corpus").iterdir())]
+    documents = [{"text": text, "title": text[::-1]} for text in texts]
+    for name in ("files", "jsonl", "parquet", "other"):
+        (home / name).mkdir()
+    (home / "files" / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents[:9]))
+    (home / "jsonl" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents[:5]))
+    (home / "other" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents[5:]))
+    arguments = ("tokenizer", "train", config, "data.validation_fraction=0.5")
+    model = Path(call(*arguments).out.removesuffix("\n"))
+    (home / "other.model").write_bytes(model.read_bytes())
+    return config
+
+
+def write_parquet(home: Path) -> None:
+    table = pytest.importorskip("pyarrow", reason="needs the hf extra").table
+    from pyarrow import parquet
+
+    rows = [json.loads(line) for line in (home / "jsonl" / "rows.jsonl").read_text().splitlines()]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    parquet.write_table(table(columns), home / "parquet" / "rows.parquet")
+    parquet.write_table(table({"text": columns["title"]}), home / "other" / "rows.parquet")
+
+
+def load_dataset(path: str, **arguments: Any) -> Iterator[dict[str, str]]:
+    """Stands in for the hub's: rows that tell how it was called."""
+    assert arguments.keys() == {"name", "split", "revision", "streaming"}
+    asked = f"{path} {arguments['name']} {arguments['split']} {arguments['revision']} "
+    texts = (f"the {number} {asked}" * 20 for number in range(20))
+    return ({"text": text, "title": text[::-1]} for text in texts)
+
+
+@pytest.fixture(scope="module")
+def observe(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observe]:
+    """What a run of 6 steps with some overrides shows, by part; each run has a directory of its own."""
+
+    @cache
+    def run(*overrides: str) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("run"))
+            return seen(call("train", project, *SHORT, *overrides).code)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        patch.setattr("albor.memory.devices.installed_gpu", lambda: None)
+        patch.setattr("albor.memory.devices._cpu_has_bf16", lambda: True)
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        yield run
+
+
+def seen(code: int) -> dict[str, Any]:
+    """The parts of the run in the current directory."""
+    shown: dict[str, Any] = {"code": code}
+    shown["places"] = sorted(str(path) for path in Path().glob("*/*") if path.is_dir())
+    if not (plan := next(Path().glob("*/*/plan.json"), None)):
+        return shown
+    run = plan.parent
+    trained = [row for row in rows(run) if "train/loss" in row]
+    evaluated = [row for row in rows(run) if "val/loss" in row]
+    shown |= {
+        "plan": plan.read_text(),
+        "rows": [row["step"] for row in trained],
+        "lr": {row["step"]: row["train/lr"] for row in trained},
+        "loss": {row["step"]: row["train/loss"] for row in trained},
+        "tokens": trained[-1]["tokens"],
+        "evaluations": [row["step"] for row in evaluated],
+        "validation": [row["val/loss"] for row in evaluated],
+        "samples": [(event["prompt"], event["text"]) for event in events(run, "sample")],
+        "saved": [event["step"] for event in events(run, "checkpoint")],
+        "kept": checkpoints(run),
+        "skipped": len(events(run, "skipped_step")),
+    }
+    if newest := find_latest(run / "checkpoints"):
+        files = tree(newest)
+        shown["weights"], shown["tokenizer"] = files["weights.safetensors"], files["tokenizer.model"]
+        shown["data"] = json.loads((newest / "state.json").read_text())["data_sha256"]
+    if (final := run / "eval" / "final.json").exists():
+        shown["final"] = json.loads(final.read_text())["val/target_tokens"]
+    return shown
+
+
+@pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect.key)
+def test_a_key_changes_what_runs(effect: Effect, project: Path, observe: Observe):
+    if "parquet" in effect.key:
+        write_parquet(project.parent)
+    base = [override.replace("PROJECT", str(project.parent)) for override in effect.base]
+    changed = [*base, effect.change.replace("PROJECT", str(project.parent))]
+    before, after = observe(*base), observe(*changed)
+    different = {part for part in {*before, *after} if before.get(part) != after.get(part)}
+    assert before["code"] == (3 if effect.key == "train.max_skipped_steps" else 0)
+    assert ("code" in different) == (effect.shows == "code")
+    assert set(effect.shows.split()) <= different
+    if before["code"] == after["code"] == 0 and may_change_on_resume(project, base, changed):
+        learned = {"tokenizer", "data", "weights"} | ({"loss"} if effect.key != "log.every_steps" else set())
+        assert not different & learned, "a run that resumes with this key changed becomes another run"
+
+
+def may_change_on_resume(config: Path, base: list[str], changed: list[str]) -> bool:
+    try:
+        check_resumable(load_config(config, changed), load_config(config, base), Path())
+    except ConfigError:
+        return False
+    return True

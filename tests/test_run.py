@@ -223,20 +223,20 @@ def test_stopped_in_every_step(config: Path, whole: dict[str, Any], monkeypatch:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(config: Path, whole: dict[str, Any], number: signal.Signals):
-    process = start(Path(), "train", config)
+def test_a_signal_saves_and_says_how_to_go_on(config: Path, longer: dict[str, Any], number: signal.Signals):
+    process = start(Path(), "train", config, "train.max_steps=60")
     wait_for(lambda: len(_whole_lines(RUN / "metrics.jsonl")) >= 3, process)
     process.send_signal(number)
     result = wait(process)
     (stopped,) = events(RUN, "stopped")
     assert result.code == 75
     assert stopped["signal"] == number.name
-    assert checkpoints(RUN)[-1] == stopped["step"] < STEPS
-    assert f"stopped by {number.name} after step {stopped['step']} of {STEPS}" in result.err
+    assert checkpoints(RUN)[-1] == stopped["step"] < 60
+    assert f"stopped by {number.name} after step {stopped['step']} of 60" in result.err
     assert "the same command goes on" in result.err
     assert "Traceback" not in result.err
-    assert call("train", config).code == 0
-    assert bits(RUN) == whole
+    assert call("train", config, "train.max_steps=60").code == 0
+    assert bits(RUN) == longer
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -348,6 +348,12 @@ def test_resume_from_another_run_leaves_it_as_it_was(config: Path, whole: dict[s
     copy = bits(Path("runs/copy"))
     assert copy["saved"] == whole["saved"]
     assert copy["rows"] == [row for row in whole["rows"] if row["step"] > 7]
+
+
+def test_a_finished_run_under_another_name_has_a_checkpoint_of_its_own(config: Path, whole: dict[str, Any]):
+    assert call("train", config).code == 0
+    assert call("train", config, "name=copy", "--resume", RUN).code == 0
+    assert bits(Path("runs/copy"))["saved"] == whole["saved"]
 
 
 def test_resume_would_not_leave_newer_checkpoints_behind(config: Path):

@@ -51,7 +51,7 @@ class Loop:
     def __init__(self, session: Session, log: MetricsLog, display: Display, peak_flops: float | None):
         self.session, self.log, self.display, self.peak_flops = session, log, display, peak_flops
         self.clock = Clock()
-        self.last_saved: int | None = session.state.step if session.resumed_from else None
+        self.last_saved = session.saved_step
 
     def run(self) -> None:
         """Steps until the configured end.

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from rich.console import Console
 
 from albor.config import RunConfig
-from albor.configfile import load_config
 from albor.data.loader import IGNORED_TARGET, validation_batches
 from albor.data.prepare import check_horizon, prepare
 from albor.errors import ConfigError, Diverged, Interrupted
@@ -22,7 +21,7 @@ from albor.train.display import Display, make_display
 from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
 from albor.train.metrics import MetricsLog, read_rows
 from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
-from albor.train.run_directory import check_resumable, claim, replace_file, run_directory, write_description
+from albor.train.run_directory import claim, replace_file, run_directory, write_description
 from albor.train.session import Session, find_checkpoint, open_session
 
 
@@ -77,8 +76,6 @@ def run_training(
     say = Display(console).message
     directory = run_directory(config)
     source = find_checkpoint(config, resume, say)
-    if source is not None:  # before minutes are spent on the data of what may be another run
-        check_resumable(config, load_config(source / "config.yaml"), source)
     with show_progress(console) as progress:
         data = prepare(config, progress)
     for report in data.reports:

@@ -42,6 +42,14 @@ class Session:
         return run_directory(self.config)
 
     @property
+    def saved_step(self) -> int | None:
+        """The step of the run's own checkpoint that this session began with; None for one of another run."""
+        own = self.directory / checkpoint.CHECKPOINTS
+        if self.resumed_from is None or self.resumed_from.parent.resolve() != own.resolve():
+            return None
+        return self.state.step
+
+    @property
     def tokens(self) -> int:
         """Tokens that the run has read."""
         return self.state.step * self.config.tokens_per_step
@@ -89,12 +97,19 @@ def checkpoint_tensors(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def find_checkpoint(config: RunConfig, resume: str, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: `auto`, `never`, or the path of one (or of a run).
+    """The verified checkpoint that `config` goes on from: `auto`, `never`, or the path of one (or of a run).
 
     Raises before anything would be overwritten: `never` in a run that has checkpoints, and an older
     checkpoint of the run itself while newer ones exist.
     """
     own = run_directory(config) / checkpoint.CHECKPOINTS
+    source = _named_checkpoint(config, own, resume, warn)
+    if source is not None:  # now, before minutes are spent on the data of what may be another run
+        check_resumable(config, load_config(source / "config.yaml"), source)
+    return source
+
+
+def _named_checkpoint(config: RunConfig, own: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
     existing = checkpoint.list_checkpoints(own)
 
     def skipped(path: Path, reason: str) -> None:
@@ -103,13 +118,8 @@ def find_checkpoint(config: RunConfig, resume: str, warn: Callable[[str], None])
     if resume == "never":
         if existing:
             remedy = f"choose another name, or remove {own.parent}"
-            raise ConfigError(
-                [
-                    Problem(
-                        "name", f"{own.parent} already holds checkpoints of a run", remedy, "--resume never"
-                    )
-                ]
-            )
+            problem = f"{own.parent} already holds checkpoints of a run"
+            raise ConfigError([Problem("name", problem, remedy, "--resume never")])
         return None
     if resume == "auto":
         latest = checkpoint.find_latest(own, skipped)
@@ -136,8 +146,6 @@ def open_session(
     if device == "cuda" and not torch.cuda.is_available():
         remedy = "install a driver that PyTorch finds, or set device to cpu"
         raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
-    if source is not None:
-        check_resumable(config, load_config(source / "config.yaml"), source)
     arena = Arena(plan, device)
     trainer = Trainer(config, arena)
     weights = [s.weight for s in config.data.sources]

@@ -285,6 +285,14 @@ def test_a_pipe_gets_plain_lines(config: Path):
     assert max(map(len, lines)) <= 80
 
 
+def test_the_command_at_the_end_of_the_report_can_be_pasted(config: Path):
+    """Also where the shell would take the run's path apart."""
+    result = call("train", config, "train.max_steps=5", "runs_dir='my runs (ü)'", "name=pasted")
+    command = next(line for line in result.out.splitlines() if "albor generate" in line)
+    words = shlex.split(command[command.index("albor") :])
+    assert words == ["albor", "generate", "my runs (ü)/pasted", "--prompt", "def "]
+
+
 # A terminal
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -166,7 +167,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
                 "metrics": str(directory / "metrics.jsonl"),
                 "configuration": str(directory / "config.resolved.yaml"),
                 "checkpoint": str(outcome.checkpoint),
-                "write with it": f"albor generate {directory} --prompt 'def '",
+                "write with it": f"albor generate {shlex.quote(str(directory))} --prompt 'def '",
             },
         ),
     )

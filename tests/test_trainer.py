@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -230,7 +231,8 @@ def expected_rates(peak: float, steps: int, schedule: ScheduleConfig) -> list[fl
         return rates + [
             low + (peak - low) * (1 + math.cos(math.pi * (i + 1) / left)) / 2 for i in range(left)
         ]
-    falling = min(left, math.ceil(schedule.decay_fraction * steps)) if schedule.kind == "wsd" else left
+    decay = math.ceil(Fraction(str(schedule.decay_fraction)) * steps)
+    falling = min(left, decay) if schedule.kind == "wsd" else left
     return (
         rates + (left - falling) * [peak] + [peak - (peak - low) * (i + 1) / falling for i in range(falling)]
     )
@@ -266,6 +268,14 @@ def test_the_learning_rate_rises_to_the_peak_and_falls_to_the_minimum(
         assert not warmup or rates[warmup - 1] == 0.5
         assert min(rates) >= 0
         assert rates[-1] == pytest.approx(0.5 if kind == "constant" else 0.5 * low, abs=1e-15)
+
+
+@pytest.mark.parametrize(("fraction", "decaying"), [(0.07, 7), (0.29, 29), (0.071, 8), (1e-9, 1)])
+def test_the_decay_takes_exactly_its_share_of_the_steps(fraction: float, decaying: int):
+    """In floats 0.07 * 100 is 7.000000000000001, of which the ceiling is 8."""
+    schedule = ScheduleConfig(kind="wsd", warmup_steps=0, decay_fraction=fraction)
+    rates = [learning_rate(step, 100, 1.0, schedule) for step in range(1, 101)]
+    assert sum(rate < 1.0 for rate in rates) == decaying
 
 
 # The guard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from albor.config import ScheduleConfig
 
@@ -10,7 +11,8 @@ from albor.config import ScheduleConfig
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """The learning rate of update `step` of `steps`, counted from 1.
 
-    It rises linearly to the peak at step `warmup_steps`, and reaches `min_lr_ratio * peak` at the last step.
+    It rises linearly to the peak at step `warmup_steps`, and reaches `min_lr_ratio * peak` at the last step;
+    a constant one stays at the peak.
     """
     warmup, low = schedule.warmup_steps, schedule.min_lr_ratio
     if step <= warmup:
@@ -19,7 +21,8 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
         return peak
     start = warmup
     if schedule.kind == "wsd":  # warm up, stay, decay (Hu et al. 2024, arXiv:2404.06395)
-        start = max(warmup, steps - math.ceil(schedule.decay_fraction * steps))
+        # Exactly, as the fraction is written: in floats 0.07 * 100 is a little over 7, and its ceiling 8.
+        start = max(warmup, steps - math.ceil(Fraction(str(schedule.decay_fraction)) * steps))
         if step <= start:
             return peak
     progress = (step - start) / (steps - start)

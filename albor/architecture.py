@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 from albor.config import ModelConfig
 
@@ -129,8 +130,8 @@ class Architecture:
     def blocks(self) -> tuple[BlockSlice, ...]:
         """The gradient groups in forward order: embedding, blocks.00, ..., head."""
         slices: list[BlockSlice] = []
-        for name in dict.fromkeys(parameter.block for parameter in self.parameters):
-            members = [p for p in self.parameters if p.block == name]
+        for name, group in groupby(self.parameters, key=lambda parameter: parameter.block):
+            members = list(group)
             matrices = [p for p in members if p.decays]
             start = members[0].offset
             end = members[-1].offset + round_up(members[-1].size, ALIGNMENT_ELEMENTS)

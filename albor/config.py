@@ -8,9 +8,9 @@ Model keys have the names that Hugging Face's `LlamaConfig` gives them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from albor.errors import Problem
 from albor.units import Bytes, Count, CountOrZero
@@ -31,7 +31,7 @@ class ModelConfig(Section):
 
     hidden_size: Count = Field(description="Width of the residual stream.")
     intermediate_size: Count = Field(description="Width of the feed-forward layer (SwiGLU).")
-    num_hidden_layers: Count = Field(description="Number of transformer blocks.")
+    num_hidden_layers: Count = Field(le=1000, description="Number of transformer blocks, at most 1,000.")
     num_attention_heads: Count = Field(
         description="Number of query heads; the head width is hidden_size / this."
     )
@@ -148,12 +148,19 @@ class DataConfig(Section):
     cache_dir: Text = Field("data", description="Where tokenizers and token shards are kept, by content.")
 
 
+def _check_pair(value: Any) -> Any:
+    # Pydantic would call what is not there by its place in the list: "betas[1] is missing".
+    if isinstance(value, list | tuple) and len(value) != 2:
+        raise ValueError(f"has length {len(value)}; give two numbers, such as [0.9, 0.95]")
+    return value
+
+
 class OptimizerConfig(Section):
     """AdamW with fp32 master weights and moments."""
 
     name: Literal["adamw"] = Field("adamw", description="Adam with decoupled weight decay.")
     lr: Positive = Field(3.0e-4, description="Peak learning rate.")
-    betas: tuple[Fraction, Fraction] = Field(
+    betas: Annotated[tuple[Fraction, Fraction], BeforeValidator(_check_pair)] = Field(
         (0.9, 0.95), strict=False, description="Decay of the first and the second moment."
     )
     eps: Positive = Field(1.0e-8, description="Added to the root of the second moment.")
@@ -174,7 +181,8 @@ class ScheduleConfig(Section):
     )
     warmup_steps: CountOrZero = Field(100, description="Steps of linear rise from 0 to the peak.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="Learning rate of the last step, as a share of the peak."
+        0.1,
+        description="Learning rate of the last step, as a share of the peak; constant has no use for it.",
     )
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.2, description="wsd only: share of the run's steps that the final decay takes."

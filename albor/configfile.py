@@ -264,9 +264,7 @@ def _explain(path: KeyPath, error: ErrorDetails) -> tuple[str, str]:
         bound, words, unit = _LENGTHS[kind]
         return f"has {len(value)} {unit}, where {words} {context[bound]} must be", ""
     if kind == "missing":
-        field = _known_keys(path, error).get(str(path[-1]))
-        if field is None:  # an item of a list
-            return "is missing", "add it"
+        field = _known_keys(path, error)[str(path[-1])]
         meaning = field.description or str(field.annotation.__doc__)  # a section's is its docstring
         return "is missing", f"add it ({meaning.rstrip('.')})"
     if kind == "extra_forbidden":

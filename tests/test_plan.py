@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +205,13 @@ def test_hand_computed_bytes() -> None:
     for mode, expected in (("cheap", 16128 - 2 * 32 * 24 * 2), ("block", 32 * 24 * 2)):
         sizes = _bytes_of(make_config(recompute=mode), "bfloat16")
         assert sum(size for name, size in sizes.items() if name.startswith("blocks.01.")) == expected
+
+
+def test_the_blocks_of_a_deep_model_are_found_in_one_pass() -> None:
+    """A pass over all parameters for each block would take minutes here."""
+    architecture = replace(Architecture.from_config(make_config().model), num_hidden_layers=20_000)
+    start = time.perf_counter()
+    blocks = architecture.blocks
+    assert time.perf_counter() - start < 10
+    assert len(blocks) == 20_002
+    assert all(one.end == next.start for one, next in pairwise(blocks))

@@ -241,6 +241,8 @@ def test_a_key_changes_what_runs(effect: Effect, project: Path, observe: Observe
     assert before["code"] == (3 if effect.key == "train.max_skipped_steps" else 0)
     assert ("code" in different) == (effect.shows == "code")
     assert set(effect.shows.split()) <= different
+    if effect.key.endswith(".path"):
+        return  # the path may change on resume, what lies there may not: test_run has both
     if before["code"] == after["code"] == 0 and may_change_on_resume(project, base, changed):
         learned = {"tokenizer", "data", "weights"} | ({"loss"} if effect.key != "log.every_steps" else set())
         assert not different & learned, "a run that resumes with this key changed becomes another run"

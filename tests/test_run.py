@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,8 +69,8 @@ def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def during(step: int, act: Callable[[Trainer], None]) -> pytest.MonkeyPatch:
-    """While entered, `act` happens to the trainer in the middle of `step`, between two micro-batches."""
+def during(step: int, act: Callable[[Trainer], None], micro_batch: int = 2) -> pytest.MonkeyPatch:
+    """From here to its undo, `act` happens to the trainer in `step`, in one of the 3 micro-batches."""
     patch = pytest.MonkeyPatch()
     healthy, micro = Trainer.step, Trainer._forward_backward
     now = {"step": 0, "micro": 0}
@@ -80,7 +82,7 @@ def during(step: int, act: Callable[[Trainer], None]) -> pytest.MonkeyPatch:
     def disturbed(self: Trainer, scale: float) -> None:
         micro(self, scale)
         now["micro"] += 1
-        if now["step"] == step and now["micro"] == 2:
+        if now["step"] == step and now["micro"] == micro_batch:
             act(self)
 
     patch.setattr(Trainer, "step", counted)
@@ -88,9 +90,9 @@ def during(step: int, act: Callable[[Trainer], None]) -> pytest.MonkeyPatch:
     return patch
 
 
-def stop_in(step: int, config: Path, *arguments: object, number: int = signal.SIGTERM) -> None:
-    """A run that gets a signal in the middle of `step`."""
-    patch = during(step, lambda _: os.kill(os.getpid(), number))
+def stop_in(step: int, config: Path, *arguments: object, micro_batch: int = 3) -> None:
+    """A run that gets a signal in `step`, which is still taken if it comes in its last micro-batch."""
+    patch = during(step, lambda _: os.kill(os.getpid(), signal.SIGTERM), micro_batch)
     result = call("train", config, *arguments)
     patch.undo()
     assert result.code == 75, result
@@ -198,7 +200,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def test_stopped_in_every_step(config: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """Before the first, in the middle of each one's accumulation, where an epoch ends, and in the last."""
+    """Before the first, in the middle and at the end of each, where an epoch ends, and after the last."""
     entered = StopRequest.__enter__
 
     def signalled(self: StopRequest) -> StopRequest:
@@ -212,14 +214,101 @@ def test_stopped_in_every_step(config: Path, whole: dict[str, Any], monkeypatch:
     assert result.code == 75
     assert "stopped by SIGINT after step 0 of 24" in result.err
     assert checkpoints(RUN) == [0]
-    for step in range(1, STEPS):
+    for step in range(1, STEPS + 1):
+        stop_in(step, config, micro_batch=2)
+        assert checkpoints(RUN)[-1] == step - 1
         stop_in(step, config)
         assert checkpoints(RUN)[-1] == step
-    patch = during(STEPS, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    assert call("train", config).code == 0, "a run that is at its end has nothing to resume"
-    patch.undo()
-    assert [event["step"] for event in events(RUN, "stopped")] == list(range(STEPS))
+    stops = [event["step"] for event in events(RUN, "stopped")]
+    assert stops == [0, *(stop for step in range(1, STEPS + 1) for stop in (step - 1, step))]
+    assert call("train", config).code == 0
     assert bits(RUN) == whole
+
+
+def test_stopped_in_an_evaluation_and_in_the_report(
+    config: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """Neither is sat through, and what is missing of them is done on resuming."""
+    checked = StopRequest.check
+    calls = {"until the signal": 0}
+
+    def count_down(self: StopRequest) -> None:
+        calls["until the signal"] -= 1
+        if calls["until the signal"] == 0:
+            os.kill(os.getpid(), signal.SIGHUP)
+        checked(self)
+
+    monkeypatch.setattr(StopRequest, "check", count_down)
+    # A step checks 3 times, an evaluation 2 batches and 1 sample: in that of step 4, and in the report.
+    for checks, step in ((4 * 3 + 2, 4), (20 * 3 + 5 * 3 + 3, STEPS)):
+        calls["until the signal"] = checks
+        result = call("train", config)
+        assert result.code == 75
+        assert f"stopped by SIGHUP after step {step} of 24" in result.err
+    assert not (RUN / "eval" / "final.json").exists()
+    assert call("train", config).code == 0
+    assert (RUN / "eval" / "final.json").exists()
+    assert bits(RUN) == whole
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(config: Path, whole: dict[str, Any]):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    patch = during(5, lambda _: os.kill(os.getpid(), signal.SIGHUP))
+    assert call("train", config).code == 0
+    patch.undo()
+    signal.signal(signal.SIGHUP, previous)
+    assert bits(RUN) == whole
+
+
+@pytest.mark.parametrize(("every", "says"), [(2, "not finite, and were not saved"), (4, "no checkpoint yet")])
+def test_weights_past_saving_push_no_good_checkpoint_out(config: Path, every: int, says: str):
+    """Step 2 breaks the weights and the steps from 3 on are skipped: nothing of that is saved."""
+    absurd = ("optimizer.lr=1e20", "schedule.warmup_steps=0", "evaluate.every_steps=3")
+    result = call("train", config, *absurd, f"checkpoint.every_steps={every}")
+    assert result.code == 3
+    assert checkpoints(RUN) == []
+    assert says in result.err
+    assert "start again under another name" in result.err
+    if every == 4:  # through an evaluation whose sample has no finite logits
+        assert [row["step"] for row in rows(RUN) if row.get("train/loss", 0) is None] == [3, 4, 5, 6, 7]
+        assert events(RUN, "sample")[-1]["text"] is None
+
+
+def test_the_reader_of_the_output_may_go_away(config: Path, whole: dict[str, Any]):
+    """`albor train ... | head -1`: the training goes on, and the logs have what the terminal missed."""
+    command = [sys.executable, "-m", "albor", "train", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert bits(RUN) == whole
+
+
+def test_a_prompt_without_room_is_refused_before_training(config: Path):
+    result = call("train", config, f"evaluate.prompts=[the, {'the ' * 70}]")
+    assert result.code == 2
+    assert "evaluate.prompts[1]: has" in result.err
+    assert not RUN.exists()
+
+
+def test_the_command_that_began_from_another_run_goes_on_with_its_own(config: Path, whole: dict[str, Any]):
+    stop_in(7, config)
+    stop_in(10, config, "name=copy", "--resume", RUN)
+    result = call("train", config, "name=copy", "--resume", RUN)
+    assert (result.code, "going on from step 10" in result.out) == (0, True)
+    assert bits(Path("runs/copy"))["saved"] == whole["saved"]
+
+
+def test_a_machine_that_computes_otherwise_is_told_so(config: Path, monkeypatch: pytest.MonkeyPatch):
+    stop_in(3, config)
+    monkeypatch.setattr("albor.memory.devices._cpu_has_bf16", lambda: True)
+    state = RUN / "checkpoints" / checkpoint_name(3)
+    monkeypatch.setattr("albor.memory.estimate.compute_dtype", lambda *_: "bfloat16")
+    result = call("train", config)
+    assert result.code == 2
+    assert f"{Path(state)} was computed in float32" in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -314,6 +403,13 @@ def test_what_is_computed_may_not_change_on_the_way(config: Path):
     )
     assert all("restore it, or give the new run another name" in line for line in problems)
     assert (tree(RUN), tree(config.parent / "data")) == (before, cached)
+
+
+def test_a_moved_corpus_is_the_same_corpus(config: Path, whole: dict[str, Any]):
+    stop_in(3, config)
+    shutil.copytree(config.parent / "corpus", "moved")
+    assert call("train", config, "data.sources[0].path=moved").code == 0
+    assert bits(RUN) == whole
 
 
 def test_a_changed_corpus_is_refused(config: Path):

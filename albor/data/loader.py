@@ -87,7 +87,7 @@ class Loader:
         self._shares = [int(fraction * scale) for fraction in fractions]
         self._drawn = [0] * len(self._streams)
         if state is not None:
-            self._restore(state)
+            self.restore(state)
         self._orders: list[tuple[int, Permutation] | None] = [None] * len(self._streams)
 
     def next(self, tokens_out: np.ndarray, targets_out: np.ndarray) -> None:
@@ -106,7 +106,8 @@ class Loader:
         """How often each source has been read so far."""
         return [drawn / windows for drawn, windows in zip(self._drawn, self._windows, strict=True)]
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `state()` gave."""
         drawn = state["per_source"]
         if len(drawn) != len(self._drawn) or min(drawn) < 0 or state["samples"] != sum(drawn):
             raise DataError(

@@ -6,6 +6,7 @@ last rows, and with it the time that is left, is worked out here.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,6 +24,15 @@ from rich.text import Text
 Metrics = Mapping[str, float | None]
 
 _SPEED_ROWS = 20  # the time left follows the speed over this many rows
+
+
+class TrainingConsole(Console):
+    """A console whose reader may go away: the training does not end with the pager that it was piped to."""
+
+    def on_broken_pipe(self) -> None:
+        """Writes into the void from here on; metrics.jsonl and events.jsonl have everything."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Display:

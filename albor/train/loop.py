@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from albor.data.loader import validation_batches
 from albor.errors import Diverged, Interrupted
 from albor.evaluate.validation import Validation, validate
 from albor.generate.generate import generate
+from albor.generate.sampler import NotFinite
 from albor.model.decode import Decoder
 from albor.seeds import derive_seed
 from albor.train.display import Display
 from albor.train.metrics import MetricsLog, read_rows
 from albor.train.session import Session
-from albor.train.signals import StopRequest
-from albor.train.step import StepResult
+from albor.train.signals import Stopped, StopRequest
+from albor.train.step import Batch, StepResult
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Sample:
     """A prompt, and how the model went on."""
 
     prompt: str
-    text: str
+    text: str | None  # None: its logits were not finite
 
 
 @dataclass
@@ -48,39 +50,56 @@ class Clock:
 class Loop:
     """Trains a session to its last step."""
 
-    def __init__(self, session: Session, log: MetricsLog, display: Display, peak_flops: float | None):
-        self.session, self.log, self.display, self.peak_flops = session, log, display, peak_flops
+    def __init__(
+        self,
+        session: Session,
+        log: MetricsLog,
+        display: Display,
+        stop: StopRequest,
+        peak_flops: float | None = None,
+    ):
+        self.session, self.log, self.display, self.stop = session, log, display, stop
+        self.peak_flops = peak_flops
         self.clock = Clock()
         self.last_saved = session.saved_step
+        self._owes_save = False
 
     def run(self) -> None:
         """Steps until the configured end.
 
-        Raises Interrupted after saving when a signal asked for it, and Diverged when steps stay non-finite.
+        Raises Stopped when a signal asked for the end, and Diverged when steps stay non-finite.
         """
         session, config = self.session, self.session.config
         self.log.truncate_after(session.state.step)
-        with StopRequest() as stop:
-            self._catch_up()
-            while session.state.step < config.steps:
-                if stop.name is not None:
-                    self._stop(stop.name)
-                started = time.perf_counter()
-                result, session.state = session.trainer.step(session.batches(), session.state)
-                self.clock.seconds += time.perf_counter() - started
-                self.clock.tokens += config.tokens_per_step
-                self._after_step(result)
-            if self.last_saved != session.state.step:
-                self._save()
+        self._catch_up()
+        while session.state.step < config.steps:
+            self.stop.check()
+            self._step()
+        if self.last_saved != session.state.step:  # a finished run, which goes on under another name
+            self._save()
+
+    def _step(self) -> None:
+        session = self.session
+        position, started = session.loader.state(), time.perf_counter()
+        try:
+            result, session.state = session.trainer.step(session.batches(self.stop.check), session.state)
+        except Stopped:  # between two micro-batches: as if the step had not begun
+            session.loader.restore(position)
+            raise
+        self.clock.seconds += time.perf_counter() - started
+        self.clock.tokens += session.config.tokens_per_step
+        self._after_step(result)
 
     def _after_step(self, result: StepResult) -> None:
         config, step = self.session.config, self.session.state.step
         last = step == config.steps
+        if step % config.log.every_steps == 0 or last or step == 1 or not result.updated:
+            self._log_row(result)
         if not result.updated:
             self._skipped(result)
-        if step % config.log.every_steps == 0 or last or step == 1:
-            self._log_row(result)
-        if step % config.checkpoint.every_steps == 0 or last:
+        self._owes_save |= step % config.checkpoint.every_steps == 0
+        # While steps are skipped the weights may be past saving, and would push good checkpoints out.
+        if last or (self._owes_save and result.updated):
             self._save()
         if step % config.evaluate.every_steps == 0 or last:
             self._evaluate()
@@ -113,7 +132,8 @@ class Loop:
             )
             raise Diverged(
                 f"{state.guard.skipped_in_row} steps in a row had a non-finite loss or gradient "
-                f"(step {state.step}: {what}); {kept}; lower optimizer.lr, or lengthen schedule.warmup_steps"
+                f"(step {state.step}: {what}); {kept}; start again under another name with a lower "
+                "optimizer.lr or a longer schedule.warmup_steps"
             )
 
     def _log_row(self, result: StepResult) -> None:
@@ -134,62 +154,80 @@ class Loop:
         self.display.row(session.state.step, row)
 
     def _save(self) -> None:
-        path = self.session.save()
-        self.last_saved = self.session.state.step
+        session, step = self.session, self.session.state.step
+        if not session.is_finite():
+            self.log.event("diverged", step)
+            raise Diverged(
+                f"after step {step} weights or moments of the optimizer are not finite, and were not saved; "
+                "start again under another name with a lower optimizer.lr"
+            )
+        path = session.save(prune=session.state.guard.skipped_in_row == 0)
+        self.last_saved, self._owes_save = step, False
         self.log.event("checkpoint", self.last_saved, path=str(path))
         self.display.checkpoint(path)
 
     def _evaluate(self) -> None:
         session = self.session
         config, step = session.config, session.state.step
-        validation = evaluate_session(session, config.evaluate.batches)
+        validation = evaluate_session(session, config.evaluate.batches, self.stop)
         if math.isfinite(validation.loss):
             self._note_best(validation.loss)
         metrics = validation.metrics()
         self.log.row(step, session.tokens, metrics)
         self.display.validation(step, metrics)
-        for sample in draw_samples(session):
+        for sample in draw_samples(session, self.stop):
             self.log.event("sample", step, prompt=sample.prompt, text=sample.text)
 
     def _note_best(self, loss: float) -> None:
         best = self.session.best_validation_loss
         self.session.best_validation_loss = loss if best is None else min(best, loss)
 
-    def _stop(self, signal_name: str) -> None:
+    def save_and_stop(self) -> Interrupted:
+        """After Stopped: saves what is not saved yet, and returns what to raise."""
         session = self.session
         if self.last_saved != session.state.step:
             self._save()
-        self.log.event("stopped", session.state.step, signal=signal_name)
-        raise Interrupted(
-            f"stopped by {signal_name} after step {session.state.step} of {session.config.steps}; the "
+        self.log.event("stopped", session.state.step, signal=self.stop.name)
+        return Interrupted(
+            f"stopped by {self.stop.name} after step {session.state.step} of {session.config.steps}; the "
             "checkpoint is saved, and the same command goes on from it"
         )
 
 
-def evaluate_session(session: Session, batches: int) -> Validation:
-    """Validation on at most `batches` micro-batches of held-out text."""
+def evaluate_session(session: Session, batches: int, stop: StopRequest) -> Validation:
+    """Validation on at most `batches` micro-batches of held-out text. Raises Stopped between two of them."""
     config = session.config
     held_out = validation_batches(
         session.data.validation, config.data.sequence_length, config.train.micro_batch_size, batches
     )
-    return validate(session.trainer.model, held_out, session.data.tokenizer.token_bytes)
+    return validate(session.trainer.model, _until(stop, held_out), session.data.tokenizer.token_bytes)
 
 
-def draw_samples(session: Session) -> list[Sample]:
-    """How the model goes on from each of `evaluate.prompts` at this step."""
+def _until(stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        stop.check()
+        yield batch
+
+
+def draw_samples(session: Session, stop: StopRequest) -> list[Sample]:
+    """How the model goes on from each of `evaluate.prompts` at this step. Raises Stopped between two."""
     config, step = session.config, session.state.step
     samples = []
     for index, prompt in enumerate(config.evaluate.prompts):
-        decoder = Decoder(session.trainer.model, session.trainer.arena)
-        generation = generate(
-            decoder,
-            session.data.tokenizer,
-            prompt,
-            max_tokens=config.evaluate.sample_tokens,
-            temperature=config.evaluate.temperature,
-            seed=derive_seed(config.seed, "sample", step, index),
-        )
-        samples.append(Sample(prompt, generation.text))
+        stop.check()
+        try:
+            generation = generate(
+                Decoder(session.trainer.model, session.trainer.arena),
+                session.data.tokenizer,
+                prompt,
+                max_tokens=config.evaluate.sample_tokens,
+                temperature=config.evaluate.temperature,
+                seed=derive_seed(config.seed, "sample", step, index),
+            )
+        except NotFinite:  # for the guard to judge, at the next step; a sample ends no run
+            samples.append(Sample(prompt, None))
+        else:
+            samples.append(Sample(prompt, generation.text))
     return samples
 
 

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 
 from albor.config import RunConfig
 from albor.data.loader import IGNORED_TARGET, validation_batches
-from albor.data.prepare import check_horizon, prepare
-from albor.errors import ConfigError, Diverged, Interrupted
+from albor.data.prepare import PreparedData, check_horizon, prepare
+from albor.errors import ConfigError, Diverged, Interrupted, Problem
 from albor.evaluate.validation import Validation
 from albor.memory.plan import MemoryPlan
 from albor.progress import show_progress
@@ -24,6 +25,7 @@ from albor.train.metrics import MetricsLog, read_rows
 from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
 from albor.train.run_directory import claim, replace_file, run_directory, write_description
 from albor.train.session import Session, find_checkpoint, open_session
+from albor.train.signals import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,19 @@ def run_training(
     """
     say = Display(console).message
     directory = run_directory(config)
-    source = find_checkpoint(config, resume, say)
-    with show_progress(console) as progress:
-        data = prepare(config, progress)
-    for report in data.reports:
-        for line in report.lines():  # documents that were left out, by reason: never silently
-            say(line)
-    if problems := check_horizon(config, data):
-        raise ConfigError(problems)
-    session = open_session(config, data, plan, device, source)
+    if device == "cuda" and not torch.cuda.is_available():
+        remedy = "install a driver that PyTorch finds, or set device to cpu"
+        raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
     with claim(directory):
+        source = find_checkpoint(config, resume, say)
+        with show_progress(console) as progress:
+            data = prepare(config, progress)
+        for report in data.reports:
+            for line in report.lines():  # documents that were left out, by reason: never silently
+                say(line)
+        if problems := [*check_horizon(config, data), *_check_prompts(config, data)]:
+            raise ConfigError(problems)
+        session = open_session(config, data, plan, device, source)
         write_description(directory, config, given, plan)
         step = session.state.step
         display = make_display(console, config.steps, first_step=step, title=config.name, json=as_json)
@@ -93,9 +98,8 @@ def run_training(
         log.event("resumed" if source else "started", step, source=str(source) if source else None)
         say(f"{directory}: {_describe_start(step, config.steps, source)}")
         try:
-            with display:
-                Loop(session, log, display, peak_flops).run()
-                outcome = _report(session, log)
+            with display, StopRequest() as stop:
+                outcome = _train_and_report(session, log, display, stop, peak_flops)
             (directory / "eval").mkdir(exist_ok=True)
             replace_file(directory / "eval" / "final.json", json.dumps(outcome.as_json(), indent=1) + "\n")
         except (Interrupted, Diverged):
@@ -107,6 +111,32 @@ def run_training(
     return outcome
 
 
+def _train_and_report(
+    session: Session, log: MetricsLog, display: Display, stop: StopRequest, peak_flops: float | None
+) -> Outcome:
+    loop = Loop(session, log, display, stop, peak_flops)
+    try:
+        loop.run()
+        return _report(session, log, stop)
+    except Stopped:
+        raise loop.save_and_stop() from None
+
+
+def _check_prompts(config: RunConfig, data: PreparedData) -> list[Problem]:
+    """A problem for each prompt that leaves no room in the context to go on from it."""
+    context = config.model.max_position_embeddings
+    lengths = [len(data.tokenizer.encode(prompt)) + 1 for prompt in config.evaluate.prompts]
+    return [
+        Problem(
+            f"evaluate.prompts[{index}]",
+            f"has {length} tokens, and the context holds {context} (model.max_position_embeddings)",
+            "shorten it",
+        )
+        for index, length in enumerate(lengths)
+        if length >= context
+    ]
+
+
 def _describe_start(step: int, steps: int, source: Path | None) -> str:
     if source is None:
         return "a new run"
@@ -115,12 +145,12 @@ def _describe_start(step: int, steps: int, source: Path | None) -> str:
     return f"going on from step {step} ({source})"
 
 
-def _report(session: Session, log: MetricsLog) -> Outcome:
+def _report(session: Session, log: MetricsLog, stop: StopRequest) -> Outcome:
     """Validation on all held-out text that `evaluate.final_batches` covers, and what compressors make of that
     text.
     """
     config = session.config
-    validation = evaluate_session(session, config.evaluate.final_batches)
+    validation = evaluate_session(session, config.evaluate.final_batches, stop)
     rows = list(read_rows(log.metrics_path))
     return Outcome(
         directory=session.directory,
@@ -129,7 +159,7 @@ def _report(session: Session, log: MetricsLog) -> Outcome:
         tokens=session.tokens,
         validation=validation,
         compressors=compression_bits_per_byte(_validation_text(session)),
-        samples=draw_samples(session),
+        samples=draw_samples(session, stop),
         losses=[(row["step"], row["train/loss"]) for row in rows if row.get("train/loss") is not None],
         validation_losses=[(row["step"], row["val/loss"]) for row in rows if row.get("val/loss") is not None],
     )
@@ -161,7 +191,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
             validation_loss=outcome.validation.loss,
             bits_per_byte=outcome.validation.bits_per_byte,
             compression=outcome.compressors,
-            samples=[(sample.prompt, sample.text) for sample in outcome.samples],
+            samples=[(sample.prompt, sample.text or "") for sample in outcome.samples],
             places={
                 "run": str(directory),
                 "metrics": str(directory / "metrics.jsonl"),

@@ -6,9 +6,10 @@ import fcntl
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _FREE_KEYS = (
     "runs_dir",
     "device",
     "data.cache_dir",
+    "data.max_epochs",
+    "tokenizer.path",  # the content of tokenizer and sources is compared by its hash
     "train.accumulator",
     "train.recompute",
     "train.max_skipped_steps",
@@ -35,6 +38,9 @@ _FREE_KEYS = (
     "checkpoint",
     "log",
 )
+
+
+_SOURCE_PATH = re.compile(r"data\.sources\.\d+\.path")
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -45,6 +51,7 @@ def run_directory(config: RunConfig) -> Path:
 @contextmanager
 def claim(directory: Path) -> Iterator[None]:
     """Makes the run directory, and keeps other processes from training in it until the block, or we, end."""
+    created = [path for path in (directory, directory.parent) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -61,6 +68,9 @@ def claim(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # a run that was refused leaves nothing; one that was not is not empty
+            for path in created:
+                path.rmdir()
         os.close(handle)
 
 
@@ -78,7 +88,7 @@ def check_resumable(config: RunConfig, saved: RunConfig, checkpoint: Path) -> No
     before, now = _leaves(saved.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
     for key in dict.fromkeys([*before, *now]):
         free = any(key == name or key.startswith(name + ".") for name in _FREE_KEYS)
-        if before.get(key) == now.get(key) or free or key == "name":
+        if before.get(key) == now.get(key) or free or key == "name" or _SOURCE_PATH.fullmatch(key):
             continue
         problems.append(
             Problem(

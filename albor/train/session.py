@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,16 +13,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from albor import checkpoint
+from albor import checkpoint, ops
 from albor.config import RunConfig
 from albor.configfile import dump_config, load_config
 from albor.data.loader import Loader
 from albor.data.prepare import PreparedData
 from albor.errors import CheckpointError, ConfigError, DataError, Problem
+from albor.manifest import STATE
 from albor.memory.arena import Arena
 from albor.memory.plan import MemoryPlan
-from albor.model.parameters import initialise, named_tensors
+from albor.model.parameters import initialise, master_weights, named_tensors
 from albor.train.guard import GuardState
+from albor.train.metrics import EVENTS, read_rows
 from albor.train.run_directory import check_resumable, run_directory
 from albor.train.step import Batch, Trainer, TrainState
 
@@ -54,17 +59,28 @@ class Session:
         """Tokens that the run has read."""
         return self.state.step * self.config.tokens_per_step
 
-    def batches(self) -> Iterator[Batch]:
-        """The next step's micro-batches, as views that the following one overwrites."""
+    def batches(self, between: Callable[[], None]) -> Iterator[Batch]:
+        """The next step's micro-batches, in arrays that the following one overwrites.
+
+        `between` is called before each but the first.
+        """
         train = self.config.train
         tokens = np.empty((train.micro_batch_size, self.config.data.sequence_length), dtype=np.int64)
         targets = np.empty_like(tokens)
-        for _ in range(train.gradient_accumulation_steps):
+        for micro in range(train.gradient_accumulation_steps):
+            if micro:
+                between()
             self.loader.next(tokens, targets)
             yield tokens, targets
 
-    def save(self) -> Path:
-        """Writes the checkpoint of the current step."""
+    def is_finite(self) -> bool:
+        """Whether weights and moments hold neither NaN nor infinity."""
+        arena = self.trainer.arena
+        flats = (master_weights(arena), arena["moments.first"], arena["moments.second"])
+        return all(math.isfinite(ops.norm(flat)) for flat in flats)
+
+    def save(self, *, prune: bool = True) -> Path:
+        """Writes the current step's checkpoint; with `prune`, older ones beyond keep_last are removed."""
         return checkpoint.save(
             self.directory / checkpoint.CHECKPOINTS,
             self.state.step,
@@ -72,6 +88,7 @@ class Session:
             {
                 **asdict(self.state),
                 "tokens": self.tokens,
+                "compute_dtype": self.trainer.arena.plan.compute_dtype,
                 "loader": self.loader.state(),
                 "data_sha256": self.data.sha256,
                 "best_validation_loss": self.best_validation_loss,
@@ -80,7 +97,7 @@ class Session:
                 "config.yaml": dump_config(self.config).encode(),
                 "tokenizer.model": self.data.tokenizer.model,
             },
-            self.config.checkpoint.keep_last,
+            self.config.checkpoint.keep_last if prune else sys.maxsize,
         )
 
 
@@ -129,10 +146,21 @@ def _named_checkpoint(config: RunConfig, own: Path, resume: str, warn: Callable[
     source = checkpoint.resolve(Path(resume), skipped)
     newest = existing[-1] if existing else None
     if newest is not None and newest.resolve() != source.resolve():
-        remedy = "give the new run another name (name=...), or remove the newer checkpoints"
+        if _began_from(own.parent, source):  # the same command, once more
+            return checkpoint.find_latest(own, skipped)
+        remedy = "give the new run another name (name=...), or go on from there (--resume auto)"
         problem = f"{own.parent} holds {newest.name} already, which resuming from {source} would leave behind"
         raise ConfigError([Problem("name", problem, remedy, f"--resume {resume}")])
     return source
+
+
+def _began_from(directory: Path, source: Path) -> bool:
+    """Whether the run in `directory` once began from a checkpoint beside `source`, of another run."""
+    origin = source.parent.resolve()
+    if origin == (directory / checkpoint.CHECKPOINTS).resolve():
+        return False
+    resumed = (row for row in read_rows(directory / EVENTS) if row.get("event") == "resumed")
+    return any(Path(row["source"]).parent.resolve() == origin for row in resumed)
 
 
 def open_session(
@@ -143,9 +171,8 @@ def open_session(
     source: Path | None,
 ) -> Session:
     """Allocates the plan, and fills it from the checkpoint `source`, or with initial weights."""
-    if device == "cuda" and not torch.cuda.is_available():
-        remedy = "install a driver that PyTorch finds, or set device to cpu"
-        raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
+    if source is not None:
+        _check_dtype(source, plan)
     arena = Arena(plan, device)
     trainer = Trainer(config, arena)
     weights = [s.weight for s in config.data.sources]
@@ -175,6 +202,16 @@ def open_session(
         source,
         saved["best_validation_loss"],
     )
+
+
+def _check_dtype(source: Path, plan: MemoryPlan) -> None:
+    computed = json.loads((source / STATE).read_bytes())["compute_dtype"]
+    if computed != plan.compute_dtype:
+        problem = (
+            f"{source} was computed in {computed}, and this machine computes the run in {plan.compute_dtype}"
+        )
+        remedy = "go on where it began, or give a new run another name"
+        raise ConfigError([Problem("train.precision", problem, remedy)])
 
 
 def _restore_state(saved: dict[str, Any]) -> TrainState:

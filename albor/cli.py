@@ -95,10 +95,11 @@ def train(
     from albor.configfile import dump_config, load_config
     from albor.memory.estimate import check_fits, plan_for_training
     from albor.memory.report import render
+    from albor.train.display import TrainingConsole
 
     run = load_config(config, overrides or [])
     target = plan_for_training(run)
-    console = _console(stderr=as_json)
+    console = TrainingConsole(stderr=as_json, soft_wrap=False)
     if dry_run:
         if as_json:
             print(json.dumps({"config": run.model_dump(mode="json"), "plan": target.as_json()}))

@@ -63,7 +63,8 @@ class TokenizerConfig(Section):
     )
     sample_bytes: Bytes = Field(
         200_000_000,
-        description="How much text the tokenizer is trained on at most, drawn evenly over the data.",
+        description="How much text the tokenizer is trained on at most, drawn evenly over the data; of a "
+        "data set on the hub, over its first sample_bytes.",
     )
 
 
@@ -89,7 +90,8 @@ class FilesSource(_SourceConfig):
     separator: Text | None = Field(
         None,
         description="Text between the documents of one file, such as <|endoftext|> or a blank line; null: a "
-        "file is one document.",
+        "file is one document. A file that turns out not to be UTF-8 half-way is named, and the documents "
+        "before that stay.",
     )
 
 
@@ -112,7 +114,10 @@ class ParquetSource(_SourceConfig):
 
 
 class HubSource(_SourceConfig):
-    """A data set of the Hugging Face hub, or a local folder of one, streamed (needs the `hf` extra)."""
+    """A data set of the Hugging Face hub, or a local folder of one, streamed (needs the `hf` extra). Hub data
+    is streamed once for tokenising, after its beginning for the tokenizer's sample; a preparation that is
+    interrupted starts that source again.
+    """
 
     kind: Literal["hf"]
     path: Text = Field(description="The data set's name on the hub, such as HuggingFaceFW/fineweb-edu.")

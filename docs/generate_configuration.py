@@ -27,8 +27,8 @@ default shown below. The files in `configs/` are complete examples, with a comme
 **On the command line.** `albor train`, `albor vram-estimate`, `albor data prepare` and the tokenizer commands
 take overrides after the file: `optimizer.lr=3e-4`, `data.sequence_length=2048`, `data.sources[0].weight=2`.
 The value is YAML, and `null` clears a key. Overrides apply in order. What a run really used is written to
-`config.resolved.yaml` in its run directory, with every key; `albor train --dry-run` prints it and trains
-nothing.
+`config.resolved.yaml` in its run directory, with every key; `albor train --dry-run` prints it with the
+memory plan and trains nothing, and exits with 4 where the plan does not fit.
 
 **Numbers.** A *count* is a whole number and may be written `20000`, `20_000`, `1e6`, `20K` (20,000), `2B`
 (2,000,000,000) or `64Ki` (65,536). A *size* is a number of bytes: `200MB` (200,000,000), `24GiB` (24 x 2^30),

@@ -276,6 +276,69 @@ def test_too_little_text_says_what_to_change(make_config, corpus, tmp_path):
         prepare(make_config(corpus, empty))
 
 
+def test_one_file_that_is_one_document_is_refused_before_any_work(make_config, corpus, tmp_path, work):
+    """It could only be trained on or held out."""
+    config = make_config(corpus / "000.py")
+    with pytest.raises(ConfigError, match=r"data\.sources\[0\]\.separator: is null, .*a single document"):
+        prepare(config)
+    assert not work
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(DataError):  # two files may do, and are tried
+        prepare(make_config(corpus / "000.py", corpus / "001.py"))
+    assert work
+
+
+def test_a_source_of_the_wrong_kind_says_what_was_found_in_it(make_config, corpus, tmp_path):
+    (tmp_path / "one.txt").write_text("a line\n" * 5)
+    wrong = {"sources": [{"kind": "jsonl", "path": str(tmp_path / "one.txt")}]}
+    with pytest.raises(
+        DataError, match=r"no text to train a tokenizer on \(5 not a JSON object: one.txt:1, "
+    ):
+        prepare_tokenizer(make_config(**wrong))
+    (tmp_path / "one.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"no text .* \(they are empty\)"):
+        prepare_tokenizer(make_config(**wrong))
+    held_out = next(path for path in corpus.iterdir() if is_held_out(path.read_text(), 0.2))
+    with pytest.raises(DataError, match=r"no text .* \(1 documents, all held out\)"):
+        prepare_tokenizer(make_config(held_out))
+
+
+def test_a_path_that_is_not_there_is_a_mistake_of_the_configuration(make_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"data.sources: files path .* matches no file"):
+        prepare(make_config(tmp_path / "absent"))
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    for name, reason in (
+        ("absent.model", "cannot be read"),
+        ("bad.model", "is not a SentencePiece model file"),
+    ):
+        with pytest.raises(ConfigError, match=rf"tokenizer\.path: .*{name} {reason}"):
+            prepare(make_config(tokenizer={"path": str(tmp_path / name)}))
+
+
+def test_of_the_hub_the_tokenizer_reads_only_the_beginning(make_config, monkeypatch):
+    """And the same beginning for every weight, so that a new mix is no reason to stream it all again."""
+    read = 0
+
+    def hub_rows(source):
+        nonlocal read
+        for number, text in enumerate(TEXTS * 100):
+            read += len(text)
+            yield f"{source.path}:{number}", text
+
+    monkeypatch.setattr(sources, "hub_rows", hub_rows)
+
+    def tokenizer_of(weight, **options):
+        source = {"kind": "hf", "path": "nobody/nothing", "weight": weight, **options}
+        return prepare_tokenizer(make_config(sources=[source], tokenizer={"sample_bytes": 8000}))[1]
+
+    first = tokenizer_of(1.0)
+    assert 8000 <= read < 9000
+    assert tokenizer_of(2.0) == first
+    assert read < 9000
+    tokenizer_of(1.0, max_bytes=6000)
+    assert read < 16_000
+
+
 def test_a_horizon_beyond_the_data(make_config, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "copy")
     (tmp_path / "copy" / "more.py").write_text("x = 1\n" * 2000)

@@ -1,19 +1,26 @@
 """Sources: every document is used or counted under its reason, in an order of its own."""
 
 import gzip
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from albor.config import FilesSource, HubSource, JsonlSource, ParquetSource, PythonStdlibSource
 from albor.data import sources
 from albor.data.sources import SourceReport, list_files, read_documents
-from albor.errors import DataError
+from albor.errors import ConfigError, DataError
 
 
 def read(source):
@@ -77,6 +84,46 @@ def test_a_separator_cuts_a_file_into_documents(tmp_path):
     assert len(read(files_source(path))[0]) == 1
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet="-\r\né😀", max_size=30),
+    st.text(alphabet="-\n😀", min_size=1, max_size=4),
+    st.lists(st.integers(0, 30), max_size=6),
+)
+def test_a_stream_is_split_as_the_whole_text_would_be(text, separator, places):
+    borders = sorted({0, len(text), *(min(place, len(text)) for place in places)})
+    blocks = [text[a:b] for a, b in pairwise(borders)]
+    assert list(sources._split(blocks, separator)) == text.split(separator)
+
+
+def test_a_large_file_with_a_separator_is_read_exactly_and_not_held_in_memory(tmp_path):
+    path = tmp_path / "large.txt"
+    texts = [f"{number} zwölf 😀\r\n" * (number % 7 + 1) * 40 for number in range(8_000)]
+    path.write_bytes("<|end|>".join(texts).encode())
+    size = path.stat().st_size
+    tracemalloc.start()
+    found = (
+        document.text for document in read_documents(files_source(path, separator="<|end|>"), SourceReport())
+    )
+    equal = [text == expected for text, expected in zip(found, texts, strict=True)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(equal)
+    assert peak < size / 4
+
+
+@pytest.mark.parametrize(("bad", "reason"), [(b"\xff", sources.NOT_UTF8), (b"\0", sources.BINARY)])
+def test_what_stands_before_the_end_of_the_text_in_a_file_stays(tmp_path, monkeypatch, bad, reason):
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 3)
+    (tmp_path / "a.txt").write_bytes("ö😀\n\ntwo\n\nthree".encode() + bad + b"\n\nfour")
+    (tmp_path / "b.txt").write_bytes("cut😀".encode()[:-1])  # in the middle of a character
+    documents, report = read(files_source(tmp_path, separator="\n\n"))
+    assert documents == [("a.txt part 1", "ö😀"), ("a.txt part 2", "two")]
+    assert report.skipped.pop(reason).names[0] == "a.txt"
+    assert sum(entry.count for entry in report.skipped.values()) == (reason == sources.BINARY)
+    assert read(files_source(tmp_path / "a.txt"))[0] == []
+
+
 def test_text_is_read_exactly(tmp_path):
     text = "\ufeff  tabs\t\r\nold mac\rlines\u2028 \u2581 \x85 end"
     (tmp_path / "exact.txt").write_bytes(text.encode())
@@ -103,20 +150,20 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
     for name in ("open/a.txt", "closed/b.txt", "open/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    scandir, read_bytes = os.scandir, Path.read_bytes
+    scandir, open_path = os.scandir, Path.open
 
     def refuse_folder(path):
         if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    def refuse_file(path):
+    def refuse_file(path, mode):
         if path.name == "c.txt":
             raise PermissionError(13, "Permission denied", str(path))
-        return read_bytes(path)
+        return open_path(path, mode)
 
     monkeypatch.setattr(os, "scandir", refuse_folder)
-    monkeypatch.setattr(Path, "read_bytes", refuse_file)
+    monkeypatch.setattr(Path, "open", refuse_file)
     documents, report = read(files_source(tmp_path))
     assert documents == [("open/a.txt", "open/a.txt")]
     assert report.skipped[sources.UNREADABLE].names == ["closed", "open/c.txt"]
@@ -189,7 +236,7 @@ def test_parquet(tmp_path):
     documents, report = read(ParquetSource(kind="parquet", path=str(tmp_path)))
     assert documents == [("a.parquet:0", "one"), ("a.parquet:3", "four")]
     assert counts(report) == {sources.NOT_A_STRING: 1, sources.EMPTY: 1, sources.UNREADABLE: 1}
-    with pytest.raises(DataError, match="no column 'body'; set text_key to one of text, n"):
+    with pytest.raises(ConfigError, match="no column 'body'; set text_key to one of text, n"):
         read(ParquetSource(kind="parquet", path=str(tmp_path), text_key="body"))
 
 
@@ -207,13 +254,13 @@ _READ_HUB = """
 import sys
 from albor.config import HubSource
 from albor.data.sources import SourceReport, read_documents
-from albor.errors import DataError
+from albor.errors import AlborError
 for path, text_key in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
         source = HubSource(kind="hf", path=path, text_key=text_key)
         print([document.text for document in read_documents(source, SourceReport())])
-    except DataError as error:
-        print("DataError", error)
+    except AlborError as error:
+        print(type(error).__name__, error)
 """
 
 
@@ -228,10 +275,28 @@ def test_hub_data_sets_local_and_unreachable(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     local, no_column, unreachable = result.stdout.splitlines()
     assert local == "['one', 'two']"
-    assert no_column.startswith("DataError")
+    assert no_column.startswith("ConfigError")
     assert "set text_key to one of text" in no_column
     assert unreachable.startswith("DataError data.sources: data set 'nobody/nothing' cannot be read")
     assert "or download it and use a source of kind parquet, jsonl or files" in unreachable
+
+
+def test_a_library_s_own_log_does_not_stand_before_our_message(monkeypatch):
+    log = logging.getLogger("huggingface_hub")
+    said = []
+
+    def load_dataset(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").error("Retrying in 1s")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(log, "handlers", [logging.StreamHandler(io.StringIO())])
+    monkeypatch.setattr(log.handlers[0], "emit", said.append)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match=r"cannot be read .*no network"):
+        read(HubSource(kind="hf", path="nobody/nothing"))
+    assert not said
+    log.error("but later")
+    assert said
 
 
 @pytest.mark.parametrize("kind", ["files", "jsonl", "parquet"])
@@ -239,7 +304,7 @@ def test_hub_data_sets_local_and_unreachable(tmp_path):
 def test_a_path_that_matches_nothing_is_an_error_with_a_remedy(tmp_path, kind, name):
     (tmp_path / "empty-folder").mkdir()
     source_class = {"files": FilesSource, "jsonl": JsonlSource, "parquet": ParquetSource}[kind]
-    with pytest.raises(DataError, match=r"matches no file.*check the spelling \(relative paths start at"):
+    with pytest.raises(ConfigError, match=r"matches no file.*check the spelling \(relative paths start at"):
         read(source_class(kind=kind, path=str(tmp_path / name)))
 
 

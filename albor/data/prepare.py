@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,11 @@ class PreparedData:
 def prepare(config: RunConfig, progress: Progress | None = None) -> PreparedData:
     """The tokenizer and the verified token streams of `config`, made where they are not in the cache.
 
-    Raises DataError where a source cannot be read or is too small, ConfigError where the tokenizer's
-    vocabulary is not the model's.
+    Raises DataError where a source cannot be read or is too small, ConfigError where a path is not there or
+    the tokenizer's vocabulary is not the model's.
     """
     report_progress = progress or (lambda stage, done, total: None)
+    _require_documents(config.data.sources)
     cache = Cache(Path(config.data.cache_dir))
     tokenizer, tokenizer_path = prepare_tokenizer(config, report_progress)
     if problems := check_vocabulary(config, tokenizer):
@@ -97,20 +98,26 @@ def prepare_tokenizer(config: RunConfig, progress: Progress | None = None) -> tu
     report_progress = progress or (lambda stage, done, total: None)
     if config.tokenizer.path is not None:
         path = Path(config.tokenizer.path).expanduser()
-        return Tokenizer.load(path), path
+        try:
+            return Tokenizer.load(path), path
+        except DataError as error:  # elsewhere it is damage; here the key names the wrong file
+            raise ConfigError([Problem("tokenizer.path", str(error))]) from error
     cache = Cache(Path(config.data.cache_dir))
     vocab_size, sample_bytes = config.model.vocab_size, config.tokenizer.sample_bytes
     fraction = config.data.validation_fraction
-    sources = config.data.sources
+    sources = [_read_for_sample(source, sample_bytes) for source in config.data.sources]
 
     def write(directory: Path) -> None:
+        reports = [SourceReport() for _ in sources]
         documents = (
             document
-            for source in sources
-            for document in _with_progress(source, SourceReport(), "reading", report_progress)
+            for source, report in zip(sources, reports, strict=True)
+            for document in _with_progress(source, report, "reading", report_progress)
             if not is_held_out(document.text, fraction)
         )
         sample = sample_text(documents, sample_bytes)
+        if not sample:
+            raise DataError(_explain_no_text(reports))
         report_progress("training the tokenizer", 0, None)
         trained = Tokenizer.train(sample, vocab_size)
         (directory / _MODEL_FILE).write_bytes(trained.model)
@@ -125,6 +132,24 @@ def prepare_tokenizer(config: RunConfig, progress: Progress | None = None) -> tu
             f"{directory} is damaged (the SHA-256 of {_MODEL_FILE} differs); remove it and run again"
         )
     return tokenizer, directory / _MODEL_FILE
+
+
+def _read_for_sample(source: Source, sample_bytes: int) -> Source:
+    """Of a data set that is streamed, only the beginning: all of it is read once, when it is tokenised.
+
+    That is the same for every weight, so that a new mix does not mean another tokenizer.
+    """
+    if list_files(source) is not None:
+        return source
+    return source.model_copy(update={"max_bytes": min(sample_bytes, source.max_bytes or sample_bytes)})
+
+
+def _explain_no_text(reports: Sequence[SourceReport]) -> str:
+    held_out = sum(report.documents for report in reports)
+    found = [f"{held_out:,} documents, all held out"] if held_out else []
+    found += [line for report in reports for line in report.lines()]
+    reasons = "; ".join(found) or "they are empty"
+    return f"data.sources: there is no text to train a tokenizer on ({reasons})"
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -246,6 +271,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}); remove {path.parent} and run again") from error
     return value
+
+
+def _require_documents(sources: Sequence[Source]) -> None:
+    """Raises ConfigError, before any work, for one file without a separator: a document cannot be divided
+    between training and validation.
+    """
+    first = sources[0]
+    if len(sources) > 1 or not isinstance(first, FilesSource) or first.separator is not None:
+        return
+    if len(list_files(first) or []) == 1:
+        message = f"is null, which makes {first.path} a single document, and some must be held out"
+        remedy = r'say what lies between its documents, such as "\n\n", or give more files'
+        raise ConfigError([Problem("data.sources[0].separator", message, remedy)])
 
 
 def _require_windows(config: RunConfig, prepared: PreparedData) -> None:

@@ -7,6 +7,7 @@ documents is the sorted order of their files, so that equal files give an equal 
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import json
@@ -14,13 +15,14 @@ import os
 import stat
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from albor.config import FilesSource, HubSource, JsonlSource, ParquetSource, PythonStdlibSource, Source
-from albor.errors import DataError
+from albor.data.tables import hub_rows, parquet_rows
+from albor.errors import ConfigError, DataError, Problem
 
 NOT_UTF8 = "not UTF-8"
 BINARY = "binary (contains a NUL byte)"
@@ -34,6 +36,7 @@ NOT_LOSSLESS = "not reproduced exactly by the tokenizer"
 CUT = "cut at max_bytes (the part before it is used)"
 
 _NAMES_KEPT = 20
+_BLOCK_BYTES = 1 << 18
 _STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz"),
@@ -119,7 +122,8 @@ def read_documents(source: Source, report: SourceReport) -> Iterator[Document]:
     """The usable documents of `source` in a fixed order, at most `max_bytes` of UTF-8; fills `report` on the
     way.
 
-    Raises DataError where nothing can be read at all: no such path, a missing package, an unreachable hub.
+    Raises ConfigError for a path or a column that is not there, and DataError where nothing can be read for
+    another reason: a missing package, an unreachable hub.
     """
     left = source.max_bytes
     for name, text in _texts(source, report):
@@ -151,7 +155,7 @@ def read_documents(source: Source, report: SourceReport) -> Iterator[Document]:
 def list_files(source: Source) -> list[SourceFile] | None:
     """The files that `source` reads, in reading order; None for a data set that lives on the hub.
 
-    Hidden files and folders are left out. Raises DataError where the path matches nothing.
+    Hidden files and folders are left out. Raises ConfigError where the path matches nothing.
     """
     if isinstance(source, PythonStdlibSource):
         root = Path(sysconfig.get_path("stdlib"))
@@ -179,10 +183,9 @@ def list_files(source: Source) -> list[SourceFile] | None:
         ]
         wanted = ""
     if not files:
-        raise DataError(
-            f"data.sources: {source.kind} path {source.path!r} matches no file{wanted}; "
-            f"check the spelling (relative paths start at {Path.cwd()})"
-        )
+        message = f"{source.kind} path {source.path!r} matches no file{wanted}"
+        remedy = f"check the spelling (relative paths start at {Path.cwd()})"
+        raise ConfigError([Problem("data.sources", message, remedy)])
     return files
 
 
@@ -211,7 +214,7 @@ def _glob_root(pattern: Path) -> Path:
 def _texts(source: Source, report: SourceReport) -> Iterator[tuple[str, Any]]:
     """(name, text) pairs as they stand in the source; the text is not checked yet."""
     if isinstance(source, HubSource):
-        yield from _hub_rows(source)
+        yield from hub_rows(source)
         return
     for file in list_files(source) or []:
         if file.status() is None:
@@ -226,26 +229,55 @@ def _texts(source: Source, report: SourceReport) -> Iterator[tuple[str, Any]]:
                 case JsonlSource():
                     yield from _json_lines(file, source.text_key, report)
                 case ParquetSource():
-                    yield from _parquet_rows(file, source.text_key)
+                    yield from parquet_rows(file.path, file.name, source.text_key)
         except (OSError, EOFError, zlib.error):  # the last two: a damaged .gz
             report.skip(UNREADABLE, file.name)
 
 
+class _NulByte(Exception):
+    """The file is no text."""
+
+
 def _text_file(file: SourceFile, separator: str | None, report: SourceReport) -> Iterator[tuple[str, str]]:
-    data = file.path.read_bytes()
-    if b"\0" in data:
-        report.skip(BINARY, file.name)
-        return
+    """The file's documents. Where it stops being text, those before have been given already, and stay."""
+    blocks = _decoded(file.path)
     try:
-        text = data.decode()
+        if separator is None:
+            yield file.name, "".join(blocks)
+            return
+        # Between two separators in a row is no document.
+        parts = (part for part in _split(blocks, separator) if part.strip())
+        yield from ((f"{file.name} part {number}", part) for number, part in enumerate(parts, 1))
+    except _NulByte:
+        report.skip(BINARY, file.name)
     except UnicodeDecodeError:
         report.skip(NOT_UTF8, file.name)
-        return
-    if separator is None:
-        yield file.name, text
-        return
-    parts = (part for part in text.split(separator) if part.strip())  # between two in a row is no document
-    yield from ((f"{file.name} part {number}", part) for number, part in enumerate(parts, 1))
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """The text of a UTF-8 file as it stands, line ends and all, block by block."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            if b"\0" in block:
+                raise _NulByte
+            yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
+
+
+def _split(blocks: Iterable[str], separator: str) -> Iterator[str]:
+    """What `"".join(blocks).split(separator)` gives, with no more in memory than a block and one part."""
+    held: list[str] = []  # of the part that goes on, without its tail
+    tail = ""  # which may be the beginning of a separator
+    for block in blocks:
+        *ended, rest = (tail + block).split(separator)
+        for part in ended:
+            yield "".join([*held, part])
+            held = []
+        cut = max(len(rest) - len(separator) + 1, 0)
+        held.append(rest[:cut])
+        tail = rest[cut:]
+    yield "".join([*held, tail])
 
 
 def _json_lines(file: SourceFile, text_key: str, report: SourceReport) -> Iterator[tuple[str, Any]]:
@@ -268,65 +300,3 @@ def _json_lines(file: SourceFile, text_key: str, report: SourceReport) -> Iterat
                     report.skip(NO_TEXT_KEY, name)
                 else:
                     yield name, row[text_key]
-
-
-def _parquet_rows(file: SourceFile, text_key: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise _missing_extra("pyarrow", "parquet") from error
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            _require_column(text_key, table.schema_arrow.names, str(file.path))
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield f"{file.name}:{row}", text
-                    row += 1
-    except pyarrow.ArrowException as error:
-        raise OSError(f"{file.path} is no Parquet file: {error}") from error  # counted as unreadable
-
-
-def _hub_rows(source: HubSource) -> Iterator[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise _missing_extra("datasets", "hf") from error
-    path = Path(source.path).expanduser()
-    try:
-        rows = datasets.load_dataset(
-            str(path) if path.is_dir() else source.path,
-            name=source.subset,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
-        for number, row in enumerate(rows):
-            _require_column(source.text_key, list(row), source.path)
-            yield f"{source.path}:{number}", row[source.text_key]
-    except DataError:
-        raise
-    except (
-        Exception
-    ) as error:  # `datasets` lets errors of a dozen libraries through; all mean that it cannot be read
-        reason = str(error).strip().splitlines() or [""]
-        raise DataError(
-            f"data.sources: data set {source.path!r} cannot be read ({type(error).__name__}: {reason[0]}); "
-            "check the name, subset, split and revision, and the network (HF_TOKEN for a gated data set), "
-            "or download it and use a source of kind parquet, jsonl or files"
-        ) from error
-
-
-def _require_column(text_key: str, columns: list[str], where: str) -> None:
-    if text_key not in columns:
-        raise DataError(
-            f"data.sources: {where} has no column {text_key!r}; set text_key to one of {', '.join(columns)}"
-        )
-
-
-def _missing_extra(package: str, kind: str) -> DataError:
-    return DataError(
-        f"data.sources: kind {kind} needs the package {package}, which is not installed; "
-        "run: pip install 'albor[hf]'"
-    )

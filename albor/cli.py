@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from albor.errors import AlborError, ConfigError, Problem
+from albor.errors import AlborError, ConfigError, DoesNotFit, Problem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,11 @@ def train(
     ] = "auto",
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the resolved configuration and the memory plan; do nothing."),
+        typer.Option(
+            "--dry-run",
+            help="Print the resolved configuration and the memory plan; do nothing. "
+            "Exits with 4 where it does not fit.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +110,7 @@ def train(
         else:
             console.out(dump_config(run), highlight=False)
             render(target, console)
-        return
+        raise typer.Exit(DoesNotFit.exit_code if target.fits is False else 0)
     check_fits(target)  # before torch is imported, let alone a GPU touched
     if target.fallback:
         console.out(target.fallback, highlight=False)
@@ -146,18 +150,12 @@ def vram_estimate(
     """
     from albor.configfile import load_config
     from albor.memory.report import run_estimate
-    from albor.units import parse_bytes
 
     if gpu is not None and vram is not None:
         raise ConfigError(
             [Problem("--gpu", "a card and a size are given", "give --gpu or --vram", "command line")]
         )
-    capacity = None
-    if vram is not None:
-        try:
-            capacity = parse_bytes(vram)
-        except ValueError as error:
-            raise ConfigError([Problem("--vram", str(error), where="command line")]) from error
+    capacity = None if vram is None else _read_capacity(vram)
     run = load_config(config, overrides or [])
     raise typer.Exit(run_estimate(run, gpu, capacity, as_json, _console()))
 
@@ -171,45 +169,23 @@ def data_prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJso
     """
     from albor.configfile import load_config
     from albor.data.prepare import check_horizon, prepare
-    from albor.data.sources import describe
+    from albor.data.summary import summarise, summary_lines
     from albor.progress import show_progress
 
     run = load_config(config, overrides or [])
     console = _console(stderr=as_json)
     with show_progress(console) as progress:
         data = prepare(run, progress)
-    rows = [
-        {
-            "source": describe(source),
-            "documents": report.documents,
-            "text_bytes": report.text_bytes,
-            "train_tokens": len(stream),
-            "directory": str(path),
-        }
-        for source, report, stream, path in zip(
-            run.data.sources, data.reports, data.train, data.paths, strict=True
-        )
-    ]
-    validation = {"documents": data.validation.documents, "tokens": len(data.validation),
-                  "text_bytes": data.validation_text_bytes}  # fmt: skip
     for report in data.reports:
         for line in report.lines():
             console.out(line, highlight=False)
-    problems = check_horizon(run, data)
+    summary = summarise(run, data)
     if as_json:
-        print(json.dumps({"tokenizer": str(data.tokenizer_path), "sources": rows, "validation": validation}))
+        print(json.dumps(summary))
     else:
-        for row in rows:
-            console.out(
-                f"{row['source']}: {row['documents']:,} documents, {row['text_bytes']:,} bytes, "
-                f"{row['train_tokens']:,} training tokens in {row['directory']}", highlight=False,
-            )  # fmt: skip
-        console.out(
-            f"validation: {validation['documents']:,} documents, {validation['tokens']:,} tokens",
-            highlight=False,
-        )
-        console.out(f"tokenizer: {data.tokenizer_path}", highlight=False)
-    if problems:
+        for line in summary_lines(summary):
+            console.out(line, highlight=False)
+    if problems := check_horizon(run, data):
         raise ConfigError(problems)
 
 
@@ -287,8 +263,14 @@ def generate(
 
     _, model, tokenizer, arena = load_for_inference(run)
     text = _read_prompt(prompt)
-    if not as_json:
-        sys.stdout.write(text)
+    unwritten = text  # until the first piece comes: what is refused has not been echoed
+
+    def show(piece: str) -> None:
+        nonlocal unwritten
+        sys.stdout.write(unwritten + piece)
+        sys.stdout.flush()
+        unwritten = ""
+
     generation = write(
         Decoder(model, arena),
         tokenizer,
@@ -299,7 +281,7 @@ def generate(
         top_p=top_p,
         stop=stop or [],
         seed=seed,
-        on_text=None if as_json else _stream,
+        on_text=None if as_json else show,
     )
     if as_json:
         print(json.dumps({
@@ -308,7 +290,7 @@ def generate(
             "seconds": generation.seconds,
         }))  # fmt: skip
     else:
-        print()
+        show("\n")
 
 
 @app.command()
@@ -334,9 +316,17 @@ def _read_prompt(prompt: str) -> str:
         raise ConfigError([Problem("--prompt", "is not UTF-8 text", where="command line")]) from error
 
 
-def _stream(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _read_capacity(size: str) -> int:
+    from albor.units import parse_bytes
+
+    try:
+        capacity: int = parse_bytes(size)
+    except ValueError as error:
+        raise ConfigError([Problem("--vram", str(error), where="command line")]) from error
+    if capacity < 2**20 and not size.strip()[-1].isalpha():
+        message, remedy = f"{capacity:,} bytes hold no model", f"did you mean {size.strip()}GiB?"
+        raise ConfigError([Problem("--vram", message, remedy, "command line")])
+    return capacity
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -356,7 +346,8 @@ def main() -> None:
         print(f"albor: {error}" if len(str(error).splitlines()) == 1 else f"albor:\n{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C; while a model trains, it is saved instead
+        # What typer makes of Ctrl-C, and show_progress of SIGTERM; while a model trains, it is saved instead.
+        if end.code in (130, 143):
             print("albor: interrupted; there is nothing to save", file=sys.stderr)
         raise
     except BrokenPipeError:  # the reader of our output went away, as `head` does

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,27 @@ _SILENT_SECONDS = 10.0  # in a pipe, a stage that lasts longer than this says ho
 
 @contextmanager
 def show_progress(console: Console) -> Iterator[Report]:
-    """Yields a function to call with (stage, bytes done, bytes in all or None), as often as one likes."""
+    """Yields a function to call with (stage, bytes done, bytes in all or None), as often as one likes.
+
+    Meanwhile SIGTERM ends the process as Ctrl-C does: what is under way cleans up, and the cursor comes back.
+    """
+    with _sigterm_unwinds(), _reporter(console) as report:
+        yield report
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    previous = signal.getsignal(signal.SIGTERM)
+    if previous is signal.SIG_DFL:  # one that the process was started to ignore stays ignored
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _reporter(console: Console) -> Iterator[Report]:
     if console.is_terminal and not console.is_dumb_terminal:
         columns = (
             SpinnerColumn(),

@@ -128,6 +128,7 @@ def test_every_command_refuses_a_bad_configuration(command: str, config: Path):
         (["train"], "Missing argument"),
         (["vram-estimate", LARGE, "--gpu", "RTX 4900"], "did you mean RTX 4090"),
         (["vram-estimate", LARGE, "--vram", "much"], "command line: --vram: "),
+        (["vram-estimate", LARGE, "--vram", "24"], "24 bytes hold no model; did you mean 24GiB?"),
         (["vram-estimate", LARGE, "--vram", "8GiB", "--gpu", "L4"], "give --gpu or --vram"),
         (["vram-estimate", LARGE, "device=cpu", "--gpu", "L4"], "ask about a GPU"),
         (["generate", "runs/x", "--temperature", "-1"], "--temperature"),
@@ -174,6 +175,34 @@ def test_ctrl_c_before_the_training(config: Path, monkeypatch: pytest.MonkeyPatc
     assert (result.code, result.err) == (130, "albor: interrupted; there is nothing to save\n")
 
 
+def test_sigterm_before_the_training(config: Path):
+    """On a terminal, whose cursor the progress hides."""
+    program = (
+        "import signal, sys\nfrom albor.cli import main\nfrom albor.data.tokenizer import Tokenizer\n"
+        "Tokenizer.train = lambda *_: signal.raise_signal(signal.SIGTERM)\nmain()\n"
+    )
+    terminal = Terminal("-c", program, "train", str(config), "data.cache_dir=new")
+    assert terminal.finish() == 143
+    assert b"\x1b[?25l" in terminal.shown, "there was no progress"
+    assert b"albor: interrupted; there is nothing to save" in terminal.shown
+    assert not list(Path("new").glob("*/")), "an entry that was being written is left"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["data.sources=[{kind: files, path: absent}]"], "'absent' matches no file"),
+        (["tokenizer.path=absent.model"], "tokenizer.path: tokenizer absent.model cannot be read"),
+        (["data.sources=[{kind: files, path: one.txt}]"], "data.sources[0].separator: is null"),
+    ],
+)
+def test_data_that_the_configuration_names_wrongly_is_2(config: Path, overrides: list[str], named: str):
+    Path("one.txt").write_text("text")
+    result = call("data", "prepare", config, "data.cache_dir=new", *overrides)
+    assert (result.code, result.out) == (2, "")
+    assert named in result.err
+
+
 def test_a_bug_is_said_to_be_one(config: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
@@ -214,6 +243,8 @@ ABSURD = ("device=cpu", "train.precision=fp32", "model.hidden_size=256K", "model
         (["vram-estimate", LARGE, "--gpu", "RTX 4090", "--json"], 0),
         (["vram-estimate", LARGE, "--vram", "2GiB"], 4),
         (["train", LARGE, *ABSURD], 4),
+        (["train", LARGE, *ABSURD, "--dry-run"], 4),
+        (["train", LARGE, *ABSURD, "--dry-run", "--json"], 4),
         (["train", LARGE, "--dry-run"], 0),
         (["train", MALFORMED[0]], 2),
         (["train", "--help"], 0),
@@ -227,7 +258,9 @@ def test_answers_without_torch(arguments: list[object], code: int):
     )
     assert done.returncode == code, done.stderr
     assert done.stderr.splitlines()[-1] == "loaded:"
-    assert ("does not fit" in done.stderr) == ("device=cpu" in arguments)
+    assert ("does not fit" in done.stderr) == ("device=cpu" in arguments and "--dry-run" not in arguments)
+    if "--dry-run" in arguments:
+        assert done.stdout.startswith("{" if "--json" in arguments else "name: ")
     assert not tree(Path())
 
 
@@ -417,3 +450,23 @@ def test_a_stop_string_ends_the_text(trained: Path):
     stopped = json_object(call("generate", trained, "--prompt", "the", *stops, "--json"))
     assert stopped["text"] == free["text"][: free["text"].index(stop)]
     assert stopped["stop_reason"] == "stop_string"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "the model " * 200], "tokens, and the model's context holds 64 "),
+        (["--prompt", "the", "--stop", ""], "stop: is empty"),
+    ],
+    ids=["prompt", "stop"],
+)
+def test_a_prompt_is_not_echoed_before_it_is_accepted(trained: Path, arguments: list[str], message: str):
+    result = call("generate", trained, *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+
+
+def test_a_prompt_that_nothing_follows_is_shown(trained: Path):
+    """The whole text is held back by a stop string that it may be the beginning of, or is one."""
+    text = json_object(call("generate", trained, "--prompt", "the", "--json"))["text"]
+    assert generate(trained, "--prompt", "the", "--stop", text[0]) == "the\n"

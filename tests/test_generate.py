@@ -20,12 +20,12 @@ from albor.architecture import Architecture
 from albor.configfile import dump_config
 from albor.data.tokenizer import Tokenizer
 from albor.errors import CheckpointError, ConfigError
-from albor.generate.generate import Generation, generate
+from albor.generate.generate import Generation, PromptTooLong, generate
 from albor.generate.load import load_for_inference
 from albor.generate.sampler import NotFinite, sample, uniform_for
 from albor.generate.text_stream import TextStream
 from albor.memory.devices import compute_dtype
-from albor.model.decode import ContextFull, Decoder
+from albor.model.decode import Decoder
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64))
 
@@ -236,7 +236,7 @@ def test_writing_ends_where_the_context_is_full(tokenizer: Tokenizer) -> None:
     generation = write(tokenizer, tokens, prompt, context=prompt_tokens + 1)
     assert (generation.tokens, generation.stop_reason) == (tuple(tokens[:2]), "context_full")
     context = prompt_tokens - 1
-    with pytest.raises(ContextFull, match=rf"prompt has {prompt_tokens} tokens.* holds {context} "):
+    with pytest.raises(PromptTooLong, match=rf"prompt has {prompt_tokens} tokens.* holds {context} "):
         write(tokenizer, tokens, prompt, context=context)
 
 

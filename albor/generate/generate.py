@@ -17,6 +17,12 @@ from albor.model.decode import ContextFull, Decoder
 StopReason = Literal["end_of_document", "stop_string", "length", "context_full"]
 
 
+class PromptTooLong(ContextFull):
+    """The prompt alone is longer than the model's context: whoever gave it can shorten it."""
+
+    exit_code = 2
+
+
 @dataclass(frozen=True)
 class Generation:
     """What was written after a prompt."""
@@ -45,8 +51,8 @@ def generate(
 
     The prompt is read as the beginning of a document, which in training follows an end-of-document token; so
     an empty one begins a document of the model's own. `on_text` gets the text in pieces as it becomes
-    certain, and they join to the result's. Equal arguments give equal tokens. Raises ContextFull for a prompt
-    that is too long, and ConfigError for settings that mean nothing.
+    certain, and they join to the result's. Equal arguments give equal tokens. Raises PromptTooLong for a
+    prompt that is, and ConfigError for settings that mean nothing.
     """
     began = time.perf_counter()
     check_settings(temperature, top_k, top_p)
@@ -60,8 +66,8 @@ def generate(
 
     prompt_ids = [tokenizer.end_of_document_id, *tokenizer.encode(prompt).tolist()]
     if len(prompt_ids) > decoder.context:
-        raise ContextFull(
-            f"the prompt has {len(prompt_ids)} tokens, and the model's context holds {decoder.context} "
+        raise PromptTooLong(
+            f"the prompt has {len(prompt_ids):,} tokens, and the model's context holds {decoder.context:,} "
             "(model.max_position_embeddings); shorten the prompt"
         )
     decoder.reset()

@@ -50,11 +50,12 @@ run, the run may not repeat its data more often than `data.max_epochs` allows.
 **In an editor.** The first line of the shipped files names the JSON schema, by which editors with a YAML
 language server complete keys and show what they mean. `albor schema` prints it for files elsewhere.
 
-**When a run goes on** from a checkpoint, only these may differ from what it began with: `runs_dir`, `device`,
-`data.cache_dir`, `data.max_epochs`, `train.accumulator`, `train.recompute`, `train.max_skipped_steps`, all of
-`evaluate`, `checkpoint` and `log`, and, where `--resume` names the checkpoint, `name`. So may `tokenizer.path`
-and the paths of sources, as long as the same content lies there. Any other change is refused, because it would
-be another run: give that one another name, and let it start anew.
+**When a run goes on** from a checkpoint, only these may differ from what it began with: `runs_dir`,
+`device`, `data.cache_dir`, `data.max_epochs`, `train.accumulator`, `train.recompute`,
+`train.max_skipped_steps`, all of `evaluate`, `checkpoint` and `log`, and, where `--resume` names the
+checkpoint, `name`. So may `tokenizer.path` and the paths of sources, as long as the same content lies
+there. Any other change is refused, because it would be another run: give that one another name, and let it
+start anew.
 """
 
 

@@ -282,3 +282,18 @@ def test_nothing_here_needs_torch():
     """So that these checks stay quick."""
     code = "import sys, albor.cli, albor.configfile; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_benchmark_of_the_readme_is_the_committed_record():
+    table = re.search(
+        r"<!-- cpu-benchmark -->(.*?)<!--", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+    )
+    record = json.loads((ROOT / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
+    assert table is not None
+    rows = [row.split("|")[2:6] for row in table[1].splitlines()[3:] if row.startswith("|")]
+    assert len(rows) == len(record["systems"]) == 4
+    for (speed, ratio, _, first_step), system in zip(rows, record["systems"].values(), strict=True):
+        assert speed.strip() == f"{system['tokens_per_second']:,}"
+        faster = system["albor_is_faster_by"]
+        assert ratio.strip() == (f"{faster:.2f}x" if faster else "")
+        assert first_step.strip() == f"{system['first_step_seconds']:.1f} s"

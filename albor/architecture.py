@@ -17,6 +17,7 @@ from albor.config import ModelConfig
 # Every parameter starts at a multiple of this many elements in the flat buffers: 256 bytes in bf16, which
 # is what a GEMM wants of its operands on every device that albor runs on.
 ALIGNMENT_ELEMENTS = 128
+IGNORED_TARGET = -1  # a target that is padding: no loss, no gradient
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from albor.architecture import IGNORED_TARGET
 from albor.memory.arena import Arena
 from albor.memory.plan import QUERY_BLOCK, ROW_CHUNK
 
-IGNORED = -1  # a target that is padding: no loss, no gradient
 NORM_ROW = 4096  # elements of a gradient that are squared and summed in its own precision
 
 aten = torch.ops.aten
@@ -448,14 +448,14 @@ def cross_entropy(
     probabilities: torch.Tensor | None,
     scale: float | None,
 ) -> None:
-    """losses[n] = logsumexp(logits[n]) - logits[n, targets[n]], 0 where the target is IGNORED.
+    """losses[n] = logsumexp(logits[n]) - logits[n, targets[n]], 0 where the target is IGNORED_TARGET.
 
     With a `scale`, logits (n, V) are overwritten by scale * d(sum of losses); without, their content is lost.
     targets (n,) int64, losses (n,) wide, probabilities (n, V) wide scratch, or None where logits are wide
     already.
     """
     wide = logits if probabilities is None else probabilities
-    counted = targets != IGNORED
+    counted = targets != IGNORED_TARGET
     index = targets.clamp(min=0).unsqueeze(1)
     # logsumexp(z) = max(z) - log(max(softmax(z))): exact where the target's own probability would underflow.
     above = logits.amax(-1).to(wide.dtype) - logits.gather(1, index).squeeze(1)

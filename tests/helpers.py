@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from reference import Reference, unpacked
 
-from albor.architecture import Architecture
+from albor.architecture import IGNORED_TARGET, Architecture
 from albor.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from albor.memory.arena import Arena
 from albor.memory.plan import MemoryPlan, plan_training
 from albor.model.parameters import initialise, master_weights, named_tensors
-from albor.ops import IGNORED
 from albor.train.step import Batch, Trainer
 
 torch.set_num_threads(1)  # everything here is small: a second thread would only wait
@@ -67,13 +66,13 @@ def trainer_over(config: RunConfig, plan: MemoryPlan, *, poison: bool = True) ->
 def make_batches(
     config: RunConfig, count: int | None = None, *, seed: int = 0, ignored: float = 0.0
 ) -> list[Batch]:
-    """Random micro-batches, by default one step's; each target is `IGNORED` with probability `ignored`."""
+    """Random micro-batches, by default one step's; a target is ignored with probability `ignored`."""
     rng = np.random.default_rng(seed)
     shape = (config.train.micro_batch_size, config.data.sequence_length)
     batches = []
     for _ in range(config.train.gradient_accumulation_steps if count is None else count):
         tokens, targets = rng.integers(config.model.vocab_size, size=(2, *shape))
-        batches.append((tokens, np.where(rng.random(shape) < ignored, IGNORED, targets)))
+        batches.append((tokens, np.where(rng.random(shape) < ignored, IGNORED_TARGET, targets)))
     return batches
 
 
@@ -104,7 +103,7 @@ def reference_loss(reference: torch.nn.Module, batches: Sequence[Batch]) -> torc
 
 def forward_backward(trainer: Trainer, batches: Sequence[Batch]) -> float:
     """The mean loss of `batches`; its gradient is then in the accumulator. No weight moves."""
-    counted = sum(int((targets != IGNORED).sum()) for _, targets in batches)
+    counted = sum(int((targets != IGNORED_TARGET).sum()) for _, targets in batches)
     trainer.accumulator.begin()
     trainer.arena["io.loss_sum"].zero_()
     for batch in batches:

@@ -299,8 +299,8 @@ def test_swiglu_and_rmsnorm_are_finite_at_large_magnitudes(empty: Empty, dtype: 
 @pytest.mark.parametrize("scale", [None, 0.37])
 def test_cross_entropy(empty: Empty, spread: float, ignored: float, scale: float | None):
     logits, targets = (spread * randn(29, 37)).requires_grad_(), randint(37, 29)
-    targets[: round(29 * ignored)] = ops.IGNORED
-    expected = F.cross_entropy(logits, targets, ignore_index=ops.IGNORED, reduction="none")
+    targets[: round(29 * ignored)] = ops.IGNORED_TARGET
+    expected = F.cross_entropy(logits, targets, ignore_index=ops.IGNORED_TARGET, reduction="none")
 
     in_place, losses = filled(empty, logits.detach()), empty(29)
     ops.cross_entropy(in_place, targets, losses, None, scale)

@@ -24,9 +24,9 @@ from helpers import (
 )
 from reference import unpacked
 
+from albor.architecture import IGNORED_TARGET
 from albor.config import RunConfig, ScheduleConfig
 from albor.memory.plan import plan_training
-from albor.ops import IGNORED
 from albor.train.guard import GuardState, judge
 from albor.train.schedule import learning_rate
 from albor.train.step import Trainer, TrainState
@@ -61,7 +61,7 @@ def test_micro_batches_make_the_same_step_as_one_batch(size: int, count: int):
     whole_config = make_config(micro_batch_size=8, eps=1e-3)
     ((tokens, targets),) = make_batches(whole_config)
     for row in range(8):
-        targets[row, 2 * row + 1 :] = IGNORED  # 1, 3, 5, ... targets
+        targets[row, 2 * row + 1 :] = IGNORED_TARGET  # 1, 3, 5, ... targets
 
     results, trainers = [], []
     for micro_batch_size, accumulation in ((8, 1), (size, count)):

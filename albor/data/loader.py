@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from albor.architecture import IGNORED_TARGET
 from albor.data.shards import TokenStream
 from albor.errors import DataError
 
-IGNORED_TARGET = -1
 _MASK = (1 << 64) - 1
 _ROUNDS = 8  # four leave orders of a thousand windows or fewer visibly correlated now and then
 

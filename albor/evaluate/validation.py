@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from albor import ops
+from albor.architecture import IGNORED_TARGET
 from albor.model.transformer import Transformer
 
 
@@ -53,7 +53,7 @@ def validate(
         targets_buffer.copy_(torch.from_numpy(targets.reshape(-1)))
         model.losses(tokens_buffer, targets_buffer, losses)
         total += float(losses.sum(dtype=torch.float64))
-        counted = targets[targets != ops.IGNORED]
+        counted = targets[targets != IGNORED_TARGET]
         target_tokens += counted.size
         text_bytes += int(token_bytes[counted].sum(dtype=np.int64))
     bits = total / math.log(2) / text_bytes if text_bytes else None

@@ -37,7 +37,7 @@ class Transformer:
     def losses(self, tokens: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
         """Per-token losses (N,) without a backward: every block runs through one set of activations.
 
-        tokens, targets (N,) int64; a target of `ops.IGNORED` has loss 0.
+        tokens, targets (N,) int64; a target of IGNORED_TARGET has loss 0.
         """
         a = self.evaluation
         self.arena.enter("evaluate")

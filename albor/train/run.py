@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from albor.architecture import IGNORED_TARGET
 from albor.config import RunConfig
-from albor.data.loader import IGNORED_TARGET, validation_batches
+from albor.data.loader import validation_batches
 from albor.data.prepare import PreparedData, check_horizon, prepare
 from albor.errors import ConfigError, Diverged, Interrupted, Problem
 from albor.evaluate.validation import Validation

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from albor import ops
-from albor.architecture import Architecture, block_name
+from albor.architecture import IGNORED_TARGET, Architecture, block_name
 from albor.config import RunConfig
 from albor.memory.arena import Arena
 from albor.model.parameters import block_tensors
@@ -146,7 +145,7 @@ class Trainer:
             ("unique_index", index),
         ):
             self.arena[f"io.{name}"].copy_(torch.from_numpy(values))
-        return int(np.count_nonzero(targets != ops.IGNORED))
+        return int(np.count_nonzero(targets != IGNORED_TARGET))
 
 
 def clip_factor(norm: float, largest: float) -> float:

@@ -75,7 +75,9 @@ def examples(doc: str) -> list[str]:
     return [line.strip() for line in doc.splitlines() if re.match(r" *albor |.*\| albor ", line)]
 
 
-@pytest.mark.parametrize(("names", "doc"), list(commands()), ids=lambda value: "-".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("names", "doc"), list(commands()), ids=lambda value: "-".join(value) if isinstance(value, tuple) else ""
+)
 def test_help_shows_examples_that_can_be_copied(names: tuple[str, ...], doc: str):
     result = call(*names, "--help")
     assert result.code == 0

@@ -222,10 +222,9 @@ def plan_training(
     _add_gradients(draft, model, place, device)
     _add_workspace(draft, model, length)
 
-    for name in ("tokens", "targets", "unique_tokens", "unique_index"):
+    _add_io(draft, rows)
+    for name in ("unique_tokens", "unique_index"):
         draft.add(f"io.{name}", (rows,), "io", dtype="int64")  # (N,)
-    draft.add("io.losses", (rows,), "io", dtype=draft.wide_dtype)  # (N,)
-    draft.add("io.loss_sum", (1,), "io", dtype="float64")
 
     # Forward and backward: what is kept per block, and what all blocks share while they run.
     kept = KEPT[config.train.recompute]
@@ -277,10 +276,7 @@ def plan_inference(config: RunConfig, device: Literal["cpu", "cuda"], compute_dt
     rows = config.train.micro_batch_size * config.data.sequence_length
     draft.add("weights", (model.flat_size,), "weights")
     _add_workspace(draft, model, config.data.sequence_length)
-    for name in ("tokens", "targets"):
-        draft.add(f"io.{name}", (rows,), "io", dtype="int64")  # (N,)
-    draft.add("io.losses", (rows,), "io", dtype=draft.wide_dtype)  # (N,)
-    draft.add("io.loss_sum", (1,), "io", dtype="float64")
+    _add_io(draft, rows)
     _add_inference(draft, config, model, rows, device, samples=True)
     return MemoryPlan(
         draft.phases, draft.placed(), device, compute_dtype, "cpu", _temporaries(device, compute_dtype)
@@ -293,6 +289,14 @@ def _temporaries(device: str, compute_dtype: str) -> dict[str, int]:
     if device == "cpu" and compute_dtype in ("bfloat16", "float16"):
         return {"oneDNN scratch": (os.cpu_count() or 1) * 2 * 2**20}
     return {}
+
+
+def _add_io(draft: _Draft, rows: int) -> None:
+    """A micro-batch, and what comes of it."""
+    for name in ("tokens", "targets"):
+        draft.add(f"io.{name}", (rows,), "io", dtype="int64")  # (N,)
+    draft.add("io.losses", (rows,), "io", dtype=draft.wide_dtype)  # (N,)
+    draft.add("io.loss_sum", (1,), "io", dtype="float64")
 
 
 def _add_state(draft: _Draft, model: Architecture) -> None:

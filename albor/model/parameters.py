@@ -57,17 +57,21 @@ def master_weights(arena: Arena) -> torch.Tensor:
     return arena["master"] if "master" in arena else arena["weights"]
 
 
+def clear(arena: Arena) -> None:
+    """Zeros the weights and all that is summed into, with the padding between parameters: norms run over it."""
+    for name in ("weights", "master", "moments.first", "moments.second", "gradients.accumulator"):
+        if name in arena:
+            arena[name].zero_()
+
+
 def initialise(arena: Arena, model: Architecture, seed: int) -> None:
-    """Fills the weights with their initial values and everything that is summed into with zeros.
+    """Fills the weights with their initial values, and clears the rest of the state.
 
     Each parameter draws from a generator of its own, on the CPU, so that its values do not depend on the
-    device or on the other parameters. Padding between parameters is zero, so that norms over flat slices are
-    right.
+    device or on the other parameters.
     """
+    clear(arena)
     master = master_weights(arena)
-    for flat in (master, arena["weights"], arena["moments.first"], arena["moments.second"]):
-        flat.zero_()
-    arena["gradients.accumulator"].zero_()
     for parameter in model.parameters:
         values = view(master, parameter)
         if parameter.init_std is None:

@@ -127,7 +127,7 @@ class Loop:
             self.log.event("diverged", state.step)
             kept = (
                 f"the last checkpoint is step {self.last_saved}"
-                if self.last_saved
+                if self.last_saved is not None
                 else "there is no checkpoint yet"
             )
             raise Diverged(

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from albor.architecture import IGNORED_TARGET
+from albor.checkpoint import CHECKPOINTS, checkpoint_name
 from albor.config import RunConfig
 from albor.data.loader import validation_batches
 from albor.data.prepare import PreparedData, check_horizon, prepare
@@ -155,7 +156,7 @@ def _report(session: Session, log: MetricsLog, stop: StopRequest) -> Outcome:
     rows = list(read_rows(log.metrics_path))
     return Outcome(
         directory=session.directory,
-        checkpoint=session.directory / "checkpoints" / f"step-{session.state.step:08d}",
+        checkpoint=session.directory / CHECKPOINTS / checkpoint_name(session.state.step),
         steps=session.state.step,
         tokens=session.tokens,
         validation=validation,

@@ -22,7 +22,7 @@ from albor.errors import CheckpointError, ConfigError, DataError, Problem
 from albor.manifest import STATE
 from albor.memory.arena import Arena
 from albor.memory.plan import MemoryPlan
-from albor.model.parameters import initialise, master_weights, named_tensors
+from albor.model.parameters import clear, initialise, master_weights, named_tensors
 from albor.train.guard import GuardState
 from albor.train.metrics import EVENTS, read_rows
 from albor.train.run_directory import check_resumable, run_directory
@@ -183,10 +183,11 @@ def open_session(
         config.train.micro_batch_size,
         config.seed,
     )
-    initialise(arena, trainer.architecture, config.seed)
     if source is None:
+        initialise(arena, trainer.architecture, config.seed)
         state = TrainState(guard=GuardState.initial(plan.compute_dtype))
         return Session(config, data, Loader(*loader_arguments), trainer, state, None)
+    clear(arena)
     saved = checkpoint.load(source, checkpoint_tensors(trainer))
     if saved["data_sha256"] != data.sha256:
         raise DataError(

@@ -58,7 +58,7 @@ def master_weights(arena: Arena) -> torch.Tensor:
 
 
 def clear(arena: Arena) -> None:
-    """Zeros the weights and all that is summed into, with the padding between parameters: norms run over it."""
+    """Zeros the weights and all that is summed into, padding included, for norms run over flat slices."""
     for name in ("weights", "master", "moments.first", "moments.second", "gradients.accumulator"):
         if name in arena:
             arena[name].zero_()

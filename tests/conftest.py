@@ -1,5 +1,7 @@
 """One thread for the arithmetic of every test, subprocesses included: the models are tiny, the bits do not
 depend on the machine's cores, and a busy neighbour does not stall each small operation at its barrier.
+
+Without a GPU, Triton's interpreter runs the kernels; it must be asked for before a kernel is defined.
 """
 
 import os
@@ -9,3 +11,5 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

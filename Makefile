@@ -2,13 +2,15 @@
 # make test         the whole test suite
 # make check        lint, format, types
 # make bench        the CPU benchmark against its peers
+# make aot          compiles every kernel for every supported GPU, and records what it takes; needs none
+# make bench-gpu    the same on a GPU, which docs/performance.md explains
 # Each sets up what it needs in .venv first; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test check bench bench-gpu clean
 
 quickstart: .venv/installed
 	$(BIN)/albor train configs/quickstart.yaml
@@ -23,6 +25,13 @@ check: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/cpu.py
+
+aot: .venv/installed-dev
+	$(BIN)/python benchmarks/aot.py
+
+bench-gpu: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

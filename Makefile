@@ -2,15 +2,15 @@
 # make test         the whole test suite
 # make check        lint, format, types
 # make bench        the CPU benchmark against its peers
-# make aot          compiles every kernel for every supported GPU, and records what it takes; needs none
 # make bench-gpu    the same on a GPU, which docs/performance.md explains
+# make aot          compiles every kernel for every supported GPU, and records what it takes; needs none
 # Each sets up what it needs in .venv first; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench bench-gpu clean
+.PHONY: quickstart test check bench bench-gpu aot clean
 
 quickstart: .venv/installed
 	$(BIN)/albor train configs/quickstart.yaml

@@ -147,6 +147,11 @@ class DataConfig(Section):
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = Field(
         0.005, description="Share of documents held out, chosen by their hash so that copies stay together."
     )
+    document_mask: bool = Field(
+        False,
+        description="true: a token attends only to its own document, where several share a sequence; false: "
+        "to all before it, across their borders.",
+    )
     max_epochs: Positive = Field(
         4.0, description="How often any source may be repeated; a run that would need more is refused."
     )
@@ -161,7 +166,7 @@ def _check_pair(value: Any) -> Any:
 
 
 class OptimizerConfig(Section):
-    """AdamW with fp32 master weights and moments."""
+    """AdamW, and what its state is kept in."""
 
     name: Literal["adamw"] = Field("adamw", description="Adam with decoupled weight decay.")
     lr: Positive = Field(3.0e-4, description="Peak learning rate.")
@@ -175,6 +180,13 @@ class OptimizerConfig(Section):
     grad_clip: Annotated[float, Field(ge=0)] = Field(
         1.0,
         description="Largest global gradient norm; a larger gradient is scaled down to it. 0: no clipping.",
+    )
+
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="fp32: master weights and moments in fp32, 14 bytes per parameter with the weights; bf16: "
+        "no master weights, moments in bf16, stochastic rounding: 6 bytes per parameter, a little more noise "
+        "in each update. Needs train.precision bf16.",
     )
 
 
@@ -221,8 +233,21 @@ class TrainConfig(Section):
         "none",
         description="What backward computes again rather than keep: nothing, the norms, or the whole block.",
     )
+    attention: Literal["auto", "triton", "cudnn", "flash"] = Field(
+        "auto",
+        description="Attention on a GPU: our own kernel (triton), PyTorch's cudnn or flash, whose backward may "
+        "give other bits each time; auto: the fastest of those that give the same bits, by measured tables.",
+    )
     head_chunk_tokens: Count | None = Field(
         None, description="Tokens whose logits exist at one time; null: 256 on the CPU, 4096 on a GPU."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of each target that is spread evenly over the vocabulary, in training."
+    )
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Weight of logsumexp(logits)^2 in the training loss, which keeps the logits from drifting; "
+        "1e-4 is PaLM's.",
     )
     max_skipped_steps: Count = Field(
         5,
@@ -335,6 +360,24 @@ def check_algebra(config: RunConfig) -> list[Problem]:
             "model.num_key_value_heads model.num_attention_heads",
             f"{heads} query heads cannot share {kv_heads} key/value heads evenly",
             f"use one of {', '.join(map(str, divisors))}",
+        )
+    if config.optimizer.state_dtype == "bf16" and train.precision != "bf16":
+        refuse(
+            "optimizer.state_dtype train.precision",
+            f"bf16 state needs bf16 weights, and train.precision is {train.precision}",
+            "use fp32, or train.precision=bf16",
+        )
+    if config.device == "cpu" and train.attention in ("cudnn", "flash"):
+        refuse(
+            "train.attention device",
+            f"{train.attention} needs a GPU, and device is cpu",
+            "use auto",
+        )
+    if train.attention in ("cudnn", "flash") and data.document_mask:
+        refuse(
+            "train.attention data.document_mask",
+            f"{train.attention} cannot keep documents apart (data.document_mask)",
+            "use triton or auto",
         )
     if data.sequence_length > model.max_position_embeddings:
         refuse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ SECTIONS = {
     "schedule": ScheduleConfig,
     "train": TrainConfig,
 }
+END_OF_DOCUMENT = 5  # any token may be it
 SMALL = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -60,7 +62,7 @@ def trainer_over(config: RunConfig, plan: MemoryPlan, *, poison: bool = True) ->
     """`make_trainer` over a plan of the caller's own."""
     arena = Arena(plan, poison=poison)
     initialise(arena, Architecture.from_config(config.model), config.seed)
-    return Trainer(config, arena)
+    return Trainer(config, arena, END_OF_DOCUMENT)
 
 
 def make_batches(
@@ -104,13 +106,20 @@ def reference_loss(reference: torch.nn.Module, batches: Sequence[Batch]) -> torc
 def forward_backward(trainer: Trainer, batches: Sequence[Batch]) -> float:
     """The mean loss of `batches`; its gradient is then in the accumulator. No weight moves."""
     counted = sum(int((targets != IGNORED_TARGET).sum()) for _, targets in batches)
-    trainer.accumulator.begin()
-    trainer.arena["io.loss_sum"].zero_()
+    trainer.accumulator.begin(len(batches))
+    trainer.arena["io.scale"].fill_(1.0 / counted)
+    trainer.arena["io.results"].zero_()
     for batch in batches:
-        trainer._load(batch)
-        trainer._forward_backward(1.0 / counted)
+        trainer.input.load(*batch)
+        trainer._micro_batch()
         trainer.accumulator.end_micro_batch()
-    return float(trainer.arena["io.loss_sum"]) / counted
+    return float(trainer.arena["io.results"][0]) / counted
+
+
+def gradient_norm(trainer: Trainer) -> float:
+    """The L2 norm of the summed gradient over all parameters."""
+    square = trainer.accumulator.squared_norm()
+    return math.sqrt(float(trainer.arena["io.results"][1]) if square is None else square)
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:

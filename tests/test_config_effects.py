@@ -82,6 +82,7 @@ EFFECTS = [
     Effect("tokenizer.sample_bytes", "tokenizer.sample_bytes=6KB", "tokenizer data"),
     Effect("data.sequence_length", "data.sequence_length=16", "plan loss tokens"),
     Effect("data.validation_fraction", "data.validation_fraction=0.4", "data"),
+    Effect("data.document_mask", "data.document_mask=true", "plan loss weights"),
     Effect("data.max_epochs", "data.max_epochs=0.1", "code"),
     Effect("data.cache_dir", "data.cache_dir=elsewhere", "places"),
     *(effect for kind in SOURCES for effect in source_effects(kind)),
@@ -102,6 +103,9 @@ EFFECTS = [
     Effect("optimizer.eps", "optimizer.eps=1e-3", "loss weights"),
     Effect("optimizer.weight_decay", "optimizer.weight_decay=0", "loss weights"),
     Effect("optimizer.grad_clip", "optimizer.grad_clip=0.5", "loss weights"),
+    Effect(
+        "optimizer.state_dtype", "optimizer.state_dtype=bf16", "plan weights", ("train.precision=bf16",)
+    ),
     Effect("schedule.kind", "schedule.kind=linear", "lr weights"),
     Effect("schedule.warmup_steps", "schedule.warmup_steps=2", "lr weights"),
     Effect("schedule.min_lr_ratio", "schedule.min_lr_ratio=0.5", "lr weights"),
@@ -116,6 +120,9 @@ EFFECTS = [
     Effect("train.recompute", "train.recompute=cheap", "plan"),
     Effect("train.recompute", "train.recompute=block", "plan"),
     Effect("train.head_chunk_tokens", "train.head_chunk_tokens=8", "plan"),
+    Effect("train.attention", "train.attention=cudnn", "code", ("device=cpu",)),  # needs a GPU
+    Effect("train.label_smoothing", "train.label_smoothing=0.1", "loss weights"),
+    Effect("train.z_loss", "train.z_loss=0.01", "loss weights"),
     Effect("train.max_skipped_steps", "train.max_skipped_steps=2", "skipped", ("optimizer.lr=1e30",)),
     Effect("evaluate.every_steps", "evaluate.every_steps=2", "evaluations samples"),
     Effect("evaluate.batches", "evaluate.batches=1", "validation"),

@@ -250,13 +250,6 @@ def test_outside_on_cuda_ends_in_whole_segments() -> None:
     assert arena + ada["cuBLAS workspace"] + ada["allocator rounding"] == segments
 
 
-def test_pinned_memory_is_rounded_to_a_power_of_two() -> None:
-    plan = plan_training(make_config(), "cuda", "bfloat16")
-    pinned = plan.size("pinned")
-    whole = pinned + devices.outside_host(plan) - devices._CUDA_PROCESS_BYTES
-    assert whole & (whole - 1) == 0
-    assert whole // 2 < pinned <= whole
-
 
 def test_accumulator_goes_to_the_device_where_it_fits() -> None:
     config = make_config(accumulator="auto")

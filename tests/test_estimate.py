@@ -85,12 +85,12 @@ def test_capacity_is_compared_with_everything() -> None:
 @pytest.mark.parametrize(
     ("overrides", "vram"),
     [
-        ((), 9 * GIB),
+        ((), 8 * GIB + 900 * MIB),
         ((), 5 * GIB + 900 * MIB),
         (("train.accumulator=gpu",), 10 * GIB),
         (("train.micro_batch_size=32", "train.gradient_accumulation_steps=4"), 22 * GIB),
         (("data.sequence_length=2048", "train.micro_batch_size=64"), 9 * GIB),
-        (("train.micro_batch_size=1", "train.head_chunk_tokens=1024"), 6 * GIB + 850 * MIB),
+        (("train.micro_batch_size=1", "train.head_chunk_tokens=1024"), 6 * GIB + 750 * MIB),
         (("train.micro_batch_size=1", "train.recompute=block", "train.head_chunk_tokens=256"), 6 * GIB),
     ],
 )
@@ -108,10 +108,10 @@ def test_suggestions_fit_when_applied(overrides: tuple[str, ...], vram: int) -> 
 
 
 def test_suggestions_are_the_smallest_changes() -> None:
-    first, second, third = estimate(_config("pretrain-350m"), vram=9 * GIB).suggestions
+    first, second, third = estimate(_config("pretrain-350m"), vram=8 * GIB + 900 * MIB).suggestions
     assert first.overrides.startswith("train.head_chunk_tokens=")
     assert second.overrides == "train.micro_batch_size=2 train.gradient_accumulation_steps=64"
-    assert third.overrides == "train.recompute=block"
+    assert third.overrides == "train.recompute=cheap"
 
 
 def test_a_model_that_is_too_large_is_said_to_be() -> None:

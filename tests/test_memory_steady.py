@@ -80,11 +80,11 @@ def test_the_watch_sees_an_allocation(size: int, monkeypatch: pytest.MonkeyPatch
     """Also one that a kernel makes for itself, such as an addition that widens its operand first."""
     trainer = make_large("float32")
     narrow = torch.ones(size // 4, dtype=torch.bfloat16)
-    wide, swiglu = torch.ones(size // 4), ops.swiglu_forward
+    wide, swiglu = torch.ones(size // 4), ops.TorchOps.swiglu_forward
 
-    def wasteful(*arguments: torch.Tensor) -> None:
+    def wasteful(self: ops.TorchOps, *arguments: torch.Tensor) -> None:
         wide.add_(narrow)
-        swiglu(*arguments)
+        swiglu(self, *arguments)
 
-    monkeypatch.setattr(ops, "swiglu_forward", wasteful)
+    monkeypatch.setattr(ops.TorchOps, "swiglu_forward", wasteful)
     assert max(allocations(trainer, steps=1))[0] >= size

@@ -14,6 +14,7 @@ from helpers import make_config
 from torch.nn import functional as F
 
 from albor import ops
+from albor.architecture import IGNORED_TARGET
 from albor.memory.arena import Arena
 from albor.memory.plan import plan_training
 
@@ -53,9 +54,9 @@ def randint(high: int, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def workspace(dtype: str = "float64", **keys: int) -> ops.Workspace:
-    """A poisoned one, as the plan of such a model has it."""
-    return ops.Workspace.from_arena(Arena(plan_training(make_config(**keys), "cpu", dtype), poison=True))
+def workspace(dtype: str = "float64", **keys: int) -> ops.Ops:
+    """Operations over poisoned scratch, as the plan of such a model has it."""
+    return ops.make_ops(Arena(plan_training(make_config(**keys), "cpu", dtype), poison=True))
 
 
 def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -73,20 +74,17 @@ def gradients(
 
 def test_embedding_forward(empty: Empty):
     tokens, weight, out = randint(37, ROWS), randn(37, 22), empty(ROWS, 22)
-    ops.embedding_forward(tokens, weight, out)
+    workspace().embedding_forward(tokens, weight, out)
     assert torch.equal(out, F.embedding(tokens, weight))
 
 
 def run_embedding_backward(
     empty: Empty, tokens: torch.Tensor, d_out: torch.Tensor, d_weight: torch.Tensor, dtype: str
 ):
-    unique, index = tokens.unique(return_inverse=True)
-    padded = torch.cat([unique, unique.new_zeros(tokens.numel() - unique.numel())])
-    wide = torch.float64 if dtype == "float64" else torch.float32
-    sums = empty(*d_out.shape, dtype=wide)
-    ops.embedding_backward(
-        filled(empty, d_out), padded, index, d_weight, sums, workspace(dtype, hidden_size=22)
-    )
+    keys = {"hidden_size": d_out.shape[1], "num_attention_heads": 1, "num_key_value_heads": 1}
+    work = workspace(dtype, **keys, sequence_length=tokens.numel(), micro_batch_size=1)
+    index = {name: torch.from_numpy(values) for name, values in work.token_index(tokens.numpy()).items()}
+    work.embedding_backward(filled(empty, d_out), index, d_weight)
 
 
 @pytest.mark.parametrize("lowest", [0, 3], ids=["token-0-occurs", "token-0-absent"])
@@ -122,12 +120,12 @@ def test_rmsnorm_forward_and_recompute(empty: Empty, with_delta: bool):
         workspace(hidden_size=22),
     )
     total, out, rstd, again = empty(ROWS, 22), empty(ROWS, 22), empty(ROWS), empty(ROWS, 22)
-    ops.rmsnorm_forward(x, delta if with_delta else None, weight, 0.01, total, out, rstd, work)
+    work.rmsnorm_forward(x, delta if with_delta else None, weight, 0.01, total, out, rstd)
     expected = x + delta if with_delta else x
     assert_equal(out, rmsnorm(expected, weight, 0.01))
     if with_delta:
         assert torch.equal(total, expected)
-    ops.rmsnorm_recompute(expected, rstd, weight, again, work)
+    work.rmsnorm_recompute(expected, rstd, weight, again)
     assert torch.equal(again, out)
 
 
@@ -138,7 +136,7 @@ def test_rmsnorm_backward(empty: Empty, add: bool):
     expected_x, expected_weight = gradients(rmsnorm(x, weight, 0.01), d_out, x, weight)
     rstd = (x.detach().pow(2).mean(-1) + 0.01).rsqrt()
     d_x, d_weight = filled(empty, residual) if add else empty(ROWS, 22), empty(22)
-    ops.rmsnorm_backward(d_out, x.detach(), rstd, weight.detach(), d_x, d_weight, work, add=add)
+    work.rmsnorm_backward(d_out, x.detach(), rstd, weight.detach(), d_x, d_weight, residual=add)
     assert_equal(d_x, expected_x + residual if add else expected_x)
     assert_equal(d_weight, expected_weight)
 
@@ -155,13 +153,14 @@ def test_linear(empty: Empty):
     expected = F.linear(x, weight)
     expected_x, expected_weight = gradients(expected, d_out, x, weight)
     out, d_x, d_weight = empty(ROWS, 29), empty(ROWS, 22), empty(29, 22)
-    ops.linear_forward(x.detach(), weight.detach(), out)
-    ops.linear_backward_input(d_out, weight.detach(), d_x)
-    ops.linear_backward_weight(d_out, x.detach(), d_weight)
+    work = workspace()
+    work.linear_forward(x.detach(), weight.detach(), out)
+    work.linear_backward_input(d_out, weight.detach(), d_x)
+    work.linear_backward_weight(d_out, x.detach(), d_weight)
     assert_equal(out, expected.detach())
     assert_equal(d_x, expected_x)
     assert_equal(d_weight, expected_weight)
-    ops.linear_backward_weight(d_out, x.detach(), d_weight, add=True)
+    work.linear_backward_weight(d_out, x.detach(), d_weight, add=True)
     assert_equal(d_weight, 2 * expected_weight)
 
 
@@ -183,7 +182,7 @@ def test_rotary_turns_queries_and_keys_by_their_position(empty: Empty, start: in
     packed = randn(2 * ROWS, 12, 4)
     qkv = filled(empty, packed.view(2 * ROWS, 48))
     cos, sin = rotary_tables(empty, ROWS + 5, 2, 50.0)
-    ops.rotary(qkv, cos, sin, 10, ROWS, workspace(**HEADS), start=start)
+    workspace(**HEADS).rotary(qkv, cos, sin, 10, ROWS, start=start)
 
     angle = torch.outer(
         start + torch.arange(ROWS).double(), torch.tensor([1.0, 50.0**-0.5], dtype=torch.float64)
@@ -199,10 +198,10 @@ def test_rotary_inverse_is_the_inverse_and_the_gradient(empty: Empty):
     x, y, work = randn(ROWS, 48), randn(ROWS, 48, seed=1), workspace(**HEADS)
     tables = rotary_tables(empty, ROWS, 2, 50.0)
     forth, back = filled(empty, x), filled(empty, y)
-    ops.rotary(forth, *tables, 10, ROWS, work)
-    ops.rotary(back, *tables, 10, ROWS, work, inverse=True)
+    work.rotary(forth, *tables, 10, ROWS)
+    work.rotary(back, *tables, 10, ROWS, inverse=True)
     assert_equal((forth * y).sum(), (x * back).sum())
-    ops.rotary(forth, *tables, 10, ROWS, work, inverse=True)
+    work.rotary(forth, *tables, 10, ROWS, inverse=True)
     assert_equal(forth, x)
 
 
@@ -229,8 +228,8 @@ def test_attention(empty: Empty, heads: int, kv_heads: int, length: int):
     (expected_qkv,) = gradients(expected, d_out, qkv)
 
     out, d_qkv = empty(*d_out.shape), empty(*qkv.shape)
-    ops.attention_forward(qkv.detach(), out, length, kv_heads, width, work)
-    ops.attention_backward(d_out, qkv.detach(), d_qkv, length, kv_heads, width, work)
+    work.attention_forward(qkv.detach(), out, None, length, kv_heads, width)
+    work.attention_backward(d_out, qkv.detach(), out, None, d_qkv, length, kv_heads, width)
     assert_equal(out, expected.detach())
     assert_equal(d_qkv, expected_qkv)
 
@@ -242,14 +241,14 @@ def test_attention_at_large_scores_is_finite_and_causal(empty: Empty, dtype: tor
     keys = {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "sequence_length": 300}
     work = workspace(str(dtype).removeprefix("torch."), **keys)
     out, d_qkv = empty(300, 12, dtype=dtype), empty(300, 24, dtype=dtype)
-    ops.attention_forward(qkv, out, 300, 1, 6, work)
-    ops.attention_backward(d_out, qkv, d_qkv, 300, 1, 6, work)
+    work.attention_forward(qkv, out, None, 300, 1, 6)
+    work.attention_backward(d_out, qkv, out, None, d_qkv, 300, 1, 6)
     assert out.isfinite().all()
     assert out.abs().max() <= qkv.abs().max()
     assert d_qkv.isfinite().all()
     past = out[:150].clone()
     qkv[150:] *= -2
-    ops.attention_forward(qkv, out, 300, 1, 6, work)
+    work.attention_forward(qkv, out, None, 300, 1, 6)
     assert torch.equal(out[:150], past)
 
 
@@ -262,8 +261,9 @@ def test_swiglu(empty: Empty):
     (expected_gate_up,) = gradients(expected, d_out, gate_up)
 
     out, again, in_place = empty(ROWS, 29), empty(ROWS, 29), filled(empty, gate_up.detach())
-    ops.swiglu_forward(gate_up.detach(), out)
-    ops.swiglu_backward(filled(empty, d_out), in_place, again, workspace(intermediate_size=29))
+    work = workspace(intermediate_size=29)
+    work.swiglu_forward(gate_up.detach(), out)
+    work.swiglu_backward(filled(empty, d_out), in_place, again)
     assert_equal(out, expected.detach())
     assert torch.equal(again, out)
     assert_equal(in_place, expected_gate_up)
@@ -278,15 +278,15 @@ def test_swiglu_and_rmsnorm_are_finite_at_large_magnitudes(empty: Empty, dtype: 
         empty(ROWS, 22, dtype=dtype),
         empty(ROWS, dtype=torch.float32),
     )
-    ops.rmsnorm_forward(x, torch.zeros_like(x), weight, 1e-5, total, out, rstd, work)
+    work.rmsnorm_forward(x, torch.zeros_like(x), weight, 1e-5, total, out, rstd)
     assert out.isfinite().all()
     assert out.abs().max() <= 22**0.5 * weight.abs().max() * 1.01
     d_x, d_weight = empty(ROWS, 22, dtype=dtype), empty(22, dtype=dtype)
-    ops.rmsnorm_backward(x, x, rstd, weight, d_x, d_weight, work, add=False)
+    work.rmsnorm_backward(x, x, rstd, weight, d_x, d_weight, residual=False)
     assert d_x.isfinite().all()
     assert d_weight.isfinite().all()
     gate_up, product = filled(empty, x), empty(ROWS, 11, dtype=dtype)
-    ops.swiglu_backward(filled(empty, x[:, :11].contiguous()), gate_up, product, work)
+    work.swiglu_backward(filled(empty, x[:, :11].contiguous()), gate_up, product)
     assert gate_up.isfinite().all()
     assert product.isfinite().all()
 
@@ -294,16 +294,29 @@ def test_swiglu_and_rmsnorm_are_finite_at_large_magnitudes(empty: Empty, dtype: 
 # Cross-entropy
 
 
+def exact_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float, z_loss: float) -> torch.Tensor:
+    """torch's own cross-entropy per token, and the z-loss written out."""
+    options = {"ignore_index": IGNORED_TARGET, "label_smoothing": smoothing, "reduction": "none"}
+    z_terms = z_loss * logits.logsumexp(-1).square() * (targets != IGNORED_TARGET)
+    return F.cross_entropy(logits, targets, **options) + z_terms
+
+
 @pytest.mark.parametrize("spread", [1.0, 1e4], ids=["usual", "spread-1e4"])
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("scale", [None, 0.37])
-def test_cross_entropy(empty: Empty, spread: float, ignored: float, scale: float | None):
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-4), (0.2, 0.01)])
+def test_cross_entropy(
+    empty: Empty, spread: float, ignored: float, scale: float | None, smoothing: float, z_loss: float
+):
     logits, targets = (spread * randn(29, 37)).requires_grad_(), randint(37, 29)
-    targets[: round(29 * ignored)] = ops.IGNORED_TARGET
-    expected = F.cross_entropy(logits, targets, ignore_index=ops.IGNORED_TARGET, reduction="none")
+    targets[: round(29 * ignored)] = IGNORED_TARGET
+    expected = exact_loss(logits, targets, smoothing, z_loss)
 
     in_place, losses = filled(empty, logits.detach()), empty(29)
-    ops.cross_entropy(in_place, targets, losses, None, scale)
+    factor = None if scale is None else torch.tensor([scale], dtype=torch.float64)
+    workspace().cross_entropy(
+        in_place, targets, losses, None, factor, label_smoothing=smoothing, z_loss=z_loss
+    )
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-12, atol=1e-12)
     if scale is not None:
         (expected_logits,) = gradients(expected.sum() * scale, torch.tensor(1.0).double(), logits)
@@ -323,7 +336,8 @@ def test_cross_entropy_in_bf16_loses_only_the_logits_rounding(empty: Empty, spre
         empty(29, dtype=torch.float32),
         empty(29, 37, dtype=torch.float32),
     )
-    ops.cross_entropy(logits, targets, losses, probabilities, 1.0)
+    work = workspace("bfloat16")
+    work.cross_entropy(logits, targets, losses, probabilities, torch.ones(1))
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits.double(), expected_logits, rtol=2**-8, atol=1e-7)
 
@@ -355,19 +369,24 @@ def test_norm_of_a_non_finite_gradient_is_not_finite(bad: float, place: int):
     assert not math.isfinite(ops.norm(flat))
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_adamw_equals_torch_over_20_steps(empty: Empty, weight_decay: float):
-    keys = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
-    theirs = torch.nn.Parameter(randn(1003))
-    optimizer = torch.optim.AdamW([theirs], **keys)
-    master = filled(empty, theirs.detach())
+@pytest.mark.parametrize("decayed", [0, 700, 1003])
+def test_adamw_equals_torch_over_20_steps(empty: Empty, decayed: int):
+    keys = {"betas": (0.8, 0.95), "eps": 1e-6}
+    parts = [torch.nn.Parameter(part) for part in randn(1003).split([decayed, 1003 - decayed])]
+    groups = [{"params": [part], "weight_decay": wd} for part, wd in zip(parts, (0.1, 0.0), strict=True)]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, **keys)
+    master = filled(empty, torch.cat(parts).detach())
     weights, first, second = empty(1003, dtype=torch.bfloat16), empty(1003).zero_(), empty(1003).zero_()
+    work = workspace()
     for step in range(1, 21):
         gradient = randn(1003, seed=step)
-        theirs.grad = 0.25 * gradient
+        for part, grad in zip(parts, gradient.split([decayed, 1003 - decayed]), strict=True):
+            part.grad = 0.25 * grad
         optimizer.step()
-        ops.adamw(
-            weights, master, filled(empty, gradient), first, second, step=step, gradient_scale=0.25, **keys
-        )
-        torch.testing.assert_close(master, theirs.detach(), rtol=1e-12, atol=1e-14)
+        work.begin_update(ops.UpdateScalars(0.02, 0.25, step, seed=0), keys["betas"])
+        work.adamw(
+            weights, master, filled(empty, gradient), first, second,
+            decayed=decayed, start=0, weight_decay=0.1, **keys,
+        )  # fmt: skip
+        torch.testing.assert_close(master, torch.cat(parts).detach(), rtol=1e-12, atol=1e-14)
         assert torch.equal(weights, master.bfloat16())

@@ -72,21 +72,21 @@ def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def during(step: int, act: Callable[[Trainer], None], micro_batch: int = 2) -> pytest.MonkeyPatch:
     """From here to its undo, `act` happens to the trainer in `step`, in one of the 3 micro-batches."""
     patch = pytest.MonkeyPatch()
-    healthy, micro = Trainer.step, Trainer._forward_backward
+    healthy, micro = Trainer.step, Trainer._micro_batch
     now = {"step": 0, "micro": 0}
 
     def counted(self: Trainer, batches: Any, state: Any) -> Any:
         now.update(step=state.step + 1, micro=0)
         return healthy(self, batches, state)
 
-    def disturbed(self: Trainer, scale: float) -> None:
-        micro(self, scale)
+    def disturbed(self: Trainer) -> None:
+        micro(self)
         now["micro"] += 1
         if now["step"] == step and now["micro"] == micro_batch:
             act(self)
 
     patch.setattr(Trainer, "step", counted)
-    patch.setattr(Trainer, "_forward_backward", disturbed)
+    patch.setattr(Trainer, "_micro_batch", disturbed)
     return patch
 
 
@@ -99,7 +99,7 @@ def stop_in(step: int, config: Path, *arguments: object, micro_batch: int = 3) -
 
 
 def poison(trainer: Trainer) -> None:
-    trainer.arena["io.loss_sum"].fill_(math.nan)
+    trainer.arena["io.results"][:1].fill_(math.nan)
 
 
 # What a run leaves
@@ -492,13 +492,13 @@ def test_steps_that_stay_non_finite_end_the_run(config: Path, monkeypatch: pytes
     """With 3, and the weights of the last good step; also where a stop comes between the skipped steps."""
     stop_in(5, config)
     good = tree(RUN / "checkpoints" / checkpoint_name(5))
-    healthy = Trainer._forward_backward
+    healthy = Trainer._micro_batch
 
-    def broken(self: Trainer, scale: float) -> None:
-        healthy(self, scale)
+    def broken(self: Trainer) -> None:
+        healthy(self)
         poison(self)
 
-    monkeypatch.setattr(Trainer, "_forward_backward", broken)
+    monkeypatch.setattr(Trainer, "_micro_batch", broken)
     stop_in(7, config)
     skipped = tree(RUN / "checkpoints" / checkpoint_name(7))
     for name in ("weights.safetensors", "optimizer.safetensors"):

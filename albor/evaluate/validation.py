@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from albor.architecture import IGNORED_TARGET
+from albor.model.batch import BatchInput
 from albor.model.transformer import Transformer
 
 
@@ -39,7 +40,10 @@ class Validation:
 
 
 def validate(
-    model: Transformer, batches: Iterable[tuple[np.ndarray, np.ndarray]], token_bytes: np.ndarray
+    model: Transformer,
+    batch_input: BatchInput,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    token_bytes: np.ndarray,
 ) -> Validation:
     """Runs the model over (tokens, targets) batches of (B, T) each, which have at least one target.
 
@@ -49,12 +53,10 @@ def validate(
     tokens_buffer, targets_buffer, losses = arena["io.tokens"], arena["io.targets"], arena["io.losses"]
     total, target_tokens, text_bytes = 0.0, 0, 0
     for tokens, targets in batches:
-        tokens_buffer.copy_(torch.from_numpy(tokens.reshape(-1)))
-        targets_buffer.copy_(torch.from_numpy(targets.reshape(-1)))
+        target_tokens += batch_input.load(tokens, targets, train=False)
         model.losses(tokens_buffer, targets_buffer, losses)
         total += float(losses.sum(dtype=torch.float64))
         counted = targets[targets != IGNORED_TARGET]
-        target_tokens += counted.size
         text_bytes += int(token_bytes[counted].sum(dtype=np.int64))
     bits = total / math.log(2) / text_bytes if text_bytes else None
     return Validation(total / target_tokens, bits, target_tokens, text_bytes)

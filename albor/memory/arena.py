@@ -5,6 +5,8 @@ After this nothing of a tensor's size is allocated: the trainer works in these v
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from albor.architecture import Parameter
@@ -26,10 +28,8 @@ class Arena:
         self._phase_index = {phase: index for index, phase in enumerate(plan.phases)}
         self.slabs = {
             "device": torch.empty(plan.size("device"), dtype=torch.uint8, device=self.device),
-            "pinned": torch.empty(
-                plan.size("pinned"), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-            ),
-            "host": torch.empty(plan.size("host"), dtype=torch.uint8),
+            "pinned": self._host_memory(plan.size("pinned"), locked=True),
+            "host": self._host_memory(plan.size("host"), locked=False),
         }
         self._views: dict[str, torch.Tensor] = {}
         for buffer in plan.buffers:
@@ -37,6 +37,17 @@ class Arena:
             data = self.slabs[buffer.place][buffer.offset : buffer.offset + buffer.nbytes]
             self._views[buffer.name] = data.view(dtype).view(buffer.shape)
         self._fill_newborn(0)
+
+    def _host_memory(self, size: int, *, locked: bool) -> torch.Tensor:
+        if self.device.type == "meta":
+            return torch.empty(size, dtype=torch.uint8, device="meta")
+        memory = torch.empty(size, dtype=torch.uint8)
+        if locked and size and self.device.type == "cuda":
+            # torch's own pinned allocator would round the size up to a power of two.
+            cudart = torch.cuda.cudart()
+            torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), size, 0))
+            weakref.finalize(self, cudart.cudaHostUnregister, memory.data_ptr())
+        return memory
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The buffer called `name`, in its planned shape and dtype."""
@@ -65,4 +76,10 @@ class Arena:
             if buffer.first != phase or (phase == 0 and not self._poison and buffer.group != "io"):
                 continue
             view = self._views[buffer.name]
-            view.fill_(float("nan") if view.is_floating_point() else torch.iinfo(view.dtype).min)
+            view.fill_(_poison(view.dtype))
+
+
+def _poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype == torch.bool:
+        return True
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min

@@ -267,8 +267,9 @@ _LOADED_KERNELS_BYTES = 256 * MIB
 # Beside a quickstart run's arena, torch 2.13 for the CPU on Linux x86-64: 300 MB resident, and 500 MB in a
 # first run, which trains the tokenizer too.
 _PROCESS_BYTES = 512 * MIB
-# The same with torch for CUDA, whose libraries are ten times the size; not measured.
-_CUDA_PROCESS_BYTES = 2 * GIB
+# The same with torch for CUDA, whose libraries are ten times the size: host memory beside a run's pinned and
+# host arenas. Not measured.
+CUDA_PROCESS_BYTES = 2 * GIB
 # PyTorch's CublasHandlePool: ":4096:2:16:8" by default, 32 MiB from compute capability 9; one per handle and
 # stream.
 _CUBLAS_BYTES, _CUBLAS_BYTES_90 = 8_519_680, 32 * MIB
@@ -288,13 +289,6 @@ def outside(plan: MemoryPlan, gpu: Gpu | None = None) -> dict[str, int]:
         **plan.temporaries,
         "allocator rounding": sum(_segment(size) - size for size in pooled) + _SMALL_POOL_BYTES,
     }
-
-
-def outside_host(plan: MemoryPlan) -> int:
-    """Bytes of host memory that a run on CUDA needs beside its host and pinned arenas."""
-    pinned = plan.size("pinned")
-    # c10's CachingHostAllocator rounds pinned memory up to a power of two.
-    return _CUDA_PROCESS_BYTES + (1 << (pinned - 1).bit_length() if pinned else 0) - pinned
 
 
 def _segment(size: int) -> int:

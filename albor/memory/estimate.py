@@ -13,6 +13,7 @@ from albor.architecture import Architecture
 from albor.config import RunConfig
 from albor.errors import ConfigError, DoesNotFit, Problem
 from albor.memory.devices import (
+    CUDA_PROCESS_BYTES,
     Device,
     Hardware,
     compute_dtype,
@@ -20,7 +21,6 @@ from albor.memory.devices import (
     find_gpu,
     format_bytes,
     outside,
-    outside_host,
     resolve_accumulator,
     this_machine,
 )
@@ -90,7 +90,7 @@ class Estimate:
     @property
     def required_host_bytes(self) -> int:
         """What the host's memory must hold for a run on the GPU."""
-        return self.plan.size("host") + self.plan.size("pinned") + outside_host(self.plan)
+        return self.plan.size("host") + self.plan.size("pinned") + CUDA_PROCESS_BYTES
 
     @property
     def fits(self) -> bool | None:

@@ -29,7 +29,7 @@ Group = Literal["weights", "master", "moments", "gradients", "activations", "scr
 GROUPS: tuple[Group, ...] = (
     "weights", "master", "moments", "gradients", "activations", "scratch", "logits", "io",
 )  # fmt: skip
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int64": 8}
+DTYPE_BYTES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "float64": 8, "int64": 8}
 
 ALIGNMENT_BYTES = (
     256  # of every buffer; what CUDA's own allocator guarantees at least, and a multiple of AVX-512's
@@ -38,10 +38,15 @@ ROW_CHUNK = (
     256  # tokens that elementwise arithmetic takes at a time on the torch path, to stay in the L2 cache
 )
 WIDENED = 65536  # elements of a half-precision gradient that are widened at a time to be added to the sums
+SUM_THREADS = 8  # that add gradients up in host memory, each with its own scratch of WIDENED elements
 QUERY_BLOCK = 256  # queries whose attention scores exist at one time on the torch path
+# The kernels' scratch. It depends on no device: a plan, and the order of every sum, is the same on all.
+NORM_PARTIALS = 256  # programs of RMSNorm's backward, two for each multiprocessor of the largest cards
+SUM_PARTIALS = 1024  # programs of the gradient norm
+STAGED_BATCHES = 2  # micro-batches that are on their way to a GPU, or waiting for it
 
 ACTIVATIONS = (
-    "input", "attention_rstd", "attention_normed", "qkv", "attention_out",
+    "input", "attention_rstd", "attention_normed", "qkv", "attention_lse", "attention_out",
     "middle", "mlp_rstd", "mlp_normed", "gate_up",
 )  # fmt: skip
 # What each recompute mode keeps of a block from its forward to its backward. SwiGLU's product is never kept:
@@ -209,34 +214,50 @@ def plan_training(
     tests. `accumulator` overrides the configured place, where `auto` has been resolved; `auto` itself plans
     for the host.
     """
+    place = accumulator or ("gpu" if config.train.accumulator == "gpu" else "cpu")
+    if device == "cpu" or place == "gpu":
+        return _plan_training(config, device, compute_dtype, place)
+    # Sums in host memory come back for the update. Where that costs nothing at the peak, each block's has a
+    # place of its own, in memory of activations that are done with, and travels while the backward goes on.
+    slots = _plan_training(config, device, compute_dtype, place)
+    early = _plan_training(config, device, compute_dtype, place, return_early=True)
+    return early if early.size("device") <= slots.size("device") else slots
+
+
+def _plan_training(
+    config: RunConfig,
+    device: Literal["cpu", "cuda"],
+    compute_dtype: str,
+    place: Literal["cpu", "gpu"],
+    *,
+    return_early: bool = False,
+) -> MemoryPlan:
     model = Architecture.from_config(config.model)
     layers = model.num_hidden_layers
     draft = _Draft(training_phases(layers), compute_dtype)
-    place = accumulator or ("gpu" if config.train.accumulator == "gpu" else "cpu")
     rows = config.train.micro_batch_size * config.data.sequence_length
-    length = config.data.sequence_length
     last_forward, first_backward = f"forward.{layers - 1:02d}", f"backward.{layers - 1:02d}"
     last_backward = "backward.00"
 
-    _add_state(draft, model)
-    _add_gradients(draft, model, place, device)
-    _add_workspace(draft, model, length)
-
-    _add_io(draft, rows)
-    for name in ("unique_tokens", "unique_index"):
-        draft.add(f"io.{name}", (rows,), "io", dtype="int64")  # (N,)
+    _add_state(draft, config, model)
+    _add_gradients(draft, model, place, device, return_early)
+    _add_workspace(draft, config, model, device, trains=True)
+    _add_io(draft, config, rows, device)
+    _add_training_io(draft, config, rows, device)
 
     # Forward and backward: what is kept per block, and what all blocks share while they run.
     kept = KEPT[config.train.recompute]
-    shapes = _activation_shapes(model, rows)
+    shapes = _activation_shapes(model, rows, config.data.sequence_length, device)
     for layer in range(layers):
         for name in kept:
+            if name not in shapes:
+                continue
             _add_activation(
                 draft, f"{block_name(layer)}.{name}", shapes[name],
                 "embed" if layer == 0 and name == "input" else f"forward.{layer:02d}",
                 f"backward.{layer:02d}",
             )  # fmt: skip
-    for name in ACTIVATIONS:
+    for name in shapes:
         if name not in kept:
             # The last block's residual stream goes on into the head.
             end = "head" if name == "middle" else last_forward
@@ -246,7 +267,8 @@ def plan_training(
     draft.add("forward.hidden", ffn, "scratch", first="forward.00", last=last_forward)  # (N, F)
     draft.add("forward.delta", wide, "scratch", first="forward.00", last="head")  # (N, C)
     draft.add("backward.hidden", ffn, "scratch", first=first_backward, last=last_backward)  # (N, F)
-    draft.add("backward.delta", wide, "scratch", first=first_backward, last=last_backward)  # (N, C)
+    if config.train.recompute == "block":
+        draft.add("backward.delta", wide, "scratch", first=first_backward, last=last_backward)  # (N, C)
     draft.add("head.input", wide, "activations", first="head")  # (N, C)
     draft.add("head.rstd", (rows,), "activations", first="head", dtype=draft.wide_dtype)  # (N,)
     draft.add("head.normed", wide, "activations", first="head")  # (N, C)
@@ -260,9 +282,15 @@ def plan_training(
         ("d_qkv", model.qkv_size),
     ):
         draft.add(f"backward.{name}", (rows, columns), "scratch", first=first_backward, last=last_backward)
-    draft.add(
-        "backward.d_embedded", wide, "scratch", first="embed_backward", dtype=draft.wide_dtype
-    )  # (N, C)
+    if device == "cpu":
+        draft.add(
+            "backward.d_embedded", wide, "scratch", first="embed_backward", dtype=draft.wide_dtype
+        )  # (N, C)
+    else:
+        draft.add(
+            "backward.attention_delta", shapes["attention_lse"], "scratch", dtype=draft.wide_dtype,
+            first=first_backward, last=last_backward,
+        )  # fmt: skip
     _add_inference(draft, config, model, rows, device, samples=bool(config.evaluate.prompts))
     return MemoryPlan(
         draft.phases, draft.placed(), device, compute_dtype, place, _temporaries(device, compute_dtype)
@@ -275,8 +303,8 @@ def plan_inference(config: RunConfig, device: Literal["cpu", "cuda"], compute_dt
     draft = _Draft(INFERENCE_PHASES, compute_dtype)
     rows = config.train.micro_batch_size * config.data.sequence_length
     draft.add("weights", (model.flat_size,), "weights")
-    _add_workspace(draft, model, config.data.sequence_length)
-    _add_io(draft, rows)
+    _add_workspace(draft, config, model, device, trains=False)
+    _add_io(draft, config, rows, device)
     _add_inference(draft, config, model, rows, device, samples=True)
     return MemoryPlan(
         draft.phases, draft.placed(), device, compute_dtype, "cpu", _temporaries(device, compute_dtype)
@@ -291,32 +319,83 @@ def _temporaries(device: str, compute_dtype: str) -> dict[str, int]:
     return {}
 
 
-def _add_io(draft: _Draft, rows: int) -> None:
+def _add_io(draft: _Draft, config: RunConfig, rows: int, device: str) -> None:
     """A micro-batch, and what comes of it."""
-    for name in ("tokens", "targets"):
-        draft.add(f"io.{name}", (rows,), "io", dtype="int64")  # (N,)
+    for name, shape, dtype in _batch_shapes(config, rows):
+        draft.add(f"io.{name}", shape, "io", dtype=dtype)
     draft.add("io.losses", (rows,), "io", dtype=draft.wide_dtype)  # (N,)
-    draft.add("io.loss_sum", (1,), "io", dtype="float64")
 
 
-def _add_state(draft: _Draft, model: Architecture) -> None:
+def _batch_shapes(config: RunConfig, rows: int) -> list[tuple[str, tuple[int, ...], str]]:
+    batch: list[tuple[str, tuple[int, ...], str]] = [
+        ("tokens", (rows,), "int64"),
+        ("targets", (rows,), "int64"),
+    ]
+    if config.data.document_mask:
+        batch += [("document_start", (rows,), "int32"), ("document_end", (rows,), "int32")]
+    return batch
+
+
+def _add_training_io(draft: _Draft, config: RunConfig, rows: int, device: str) -> None:
+    """What a step reads beside its micro-batch, and what it says."""
+    index: list[tuple[str, tuple[int, ...]]] = [("unique_tokens", (rows,))]
+    index += [("unique_index", (rows,))] if device == "cpu" else [
+        ("segment_starts", (rows + 1,)),
+        ("token_order", (rows,)),
+    ]  # fmt: skip
+    for name, shape in index:
+        draft.add(f"io.{name}", shape, "io", dtype="int64")
+    draft.add("io.scale", (1,), "io", dtype=draft.wide_dtype)  # of the loss's gradient
+    draft.add("io.results", (2,), "io", dtype="float64")  # sum of losses, squared norm of the gradient
+    if device == "cpu":
+        return
+    draft.add("io.update", (4,), "io", dtype="float32")  # see UpdateScalars
+    draft.add("io.update_seed", (1,), "io", dtype="int64")
+    draft.add("io.staged_results", (2,), "io", dtype="float64", place="pinned")
+    batch = [*_batch_shapes(config, rows), *((name, shape, "int64") for name, shape in index)]
+    for slot in range(STAGED_BATCHES):
+        for name, shape, dtype in batch:
+            draft.add(f"io.staged.{slot}.{name}", shape, "io", dtype=dtype, place="pinned")
+
+
+def keeps_master(config: RunConfig, compute_dtype: str) -> bool:
+    """Whether the optimizer updates fp32 copies of the weights."""
+    return compute_dtype in ("bfloat16", "float16") and not rounds_state(config, compute_dtype)
+
+
+def rounds_state(config: RunConfig, compute_dtype: str) -> bool:
+    """Whether weights and moments are bf16 alone, updated with stochastic rounding."""
+    return config.optimizer.state_dtype == "bf16" and compute_dtype == "bfloat16"
+
+
+def _add_state(draft: _Draft, config: RunConfig, model: Architecture) -> None:
     """Weights and optimizer state: flat, one slice per block."""
     draft.add("weights", (model.flat_size,), "weights")
-    if draft.compute_dtype in ("bfloat16", "float16"):
+    if keeps_master(config, draft.compute_dtype):
         draft.add("master", (model.flat_size,), "master", dtype="float32")
+    moments = "bfloat16" if rounds_state(config, draft.compute_dtype) else draft.wide_dtype
     for name in ("first", "second"):
-        draft.add(f"moments.{name}", (model.flat_size,), "moments", dtype=draft.wide_dtype)
+        draft.add(f"moments.{name}", (model.flat_size,), "moments", dtype=moments)
 
 
-def _add_gradients(draft: _Draft, model: Architecture, accumulator: str, device: str) -> None:
+def _add_gradients(
+    draft: _Draft, model: Architecture, accumulator: str, device: str, return_early: bool
+) -> None:
     """The sum over micro-batches in fp32, and the buffers that backward writes into on the device."""
-    place: Place = "device" if accumulator == "gpu" else "host"
+    host: Place = (
+        "pinned" if device == "cuda" else "host"
+    )  # a GPU copies to and from page-locked memory alone
+    place: Place = "device" if accumulator == "gpu" else host
     draft.add("gradients.accumulator", (model.flat_size,), "gradients", dtype=draft.wide_dtype, place=place)
-    draft.add("gradients.widened", (WIDENED,), "gradients", dtype=draft.wide_dtype, place=place)
+    if device == "cuda" and accumulator == "gpu":
+        return  # the weight gradients' GEMMs add to the sums themselves
+    threads = 1 if device == "cpu" else SUM_THREADS
+    draft.add("gradients.widened", (threads, WIDENED), "gradients", dtype=draft.wide_dtype, place="host")
     sizes = {block.name: block.size for block in model.blocks}
     layers = model.num_hidden_layers
     # Two, so that one can leave the device while the next block's backward fills the other.
-    for slot in range(min(2, layers)):
+    slots = range(min(2, layers))
+    for slot in slots:
         draft.add(
             f"gradients.block.{slot}", (sizes[block_name(0)],), "gradients",
             first=f"backward.{layers - 1:02d}", last="embed_backward",
@@ -325,16 +404,36 @@ def _add_gradients(draft: _Draft, model: Architecture, accumulator: str, device:
     # A tied matrix gets its gradient from the head first and from the embedding last.
     begin = "head" if model.tie_word_embeddings else "embed_backward"
     draft.add("gradients.embedding", (sizes["embedding"],), "gradients", first=begin, last="embed_backward")
-    if device == "cuda" and accumulator == "cpu":
-        largest = max(sizes.values())
-        draft.add("gradients.transfer", (largest,), "gradients", place="pinned")
-        draft.add("gradients.returned", (largest,), "gradients", dtype=draft.wide_dtype, first="optimize")
-        draft.add("gradients.return_staging", (largest,), "gradients", dtype=draft.wide_dtype, place="pinned")
+    if device == "cpu":
+        return
+    for slot in slots:
+        draft.add(f"gradients.transfer.block.{slot}", (sizes[block_name(0)],), "gradients", place="pinned")
+    for name in ("head", "embedding"):
+        draft.add(f"gradients.transfer.{name}", (sizes[name],), "gradients", place="pinned")
+    if not return_early:
+        for slot in range(2):
+            draft.add(
+                f"gradients.returned.{slot}", (max(sizes.values()),), "gradients", dtype=draft.wide_dtype,
+                first="optimize",
+            )  # fmt: skip
+        return
+    # From when the block's own backward is over, for its sum cannot be back earlier; the head's with the last
+    # block's, since in that block's backward the arena is fullest.
+    after = {block_name(layer): f"backward.{layer - 1:02d}" for layer in range(1, layers)}
+    after |= {block_name(0): "embed_backward", "embedding": "clip"}
+    after["head"] = after[block_name(layers - 1)]
+    for name, size in sizes.items():
+        draft.add(
+            f"gradients.returned.{name}", (size,), "gradients", dtype=draft.wide_dtype,
+            first=after[name], last="optimize",
+        )  # fmt: skip
 
 
-def _activation_shapes(model: Architecture, rows: int) -> dict[str, tuple[int, ...]]:
+def _activation_shapes(
+    model: Architecture, rows: int, length: int, device: str
+) -> dict[str, tuple[int, ...]]:
     width = (rows, model.hidden_size)
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "input": width,  # (N, C) the residual stream before attention
         "attention_rstd": (rows,),
         "attention_normed": width,
@@ -345,11 +444,15 @@ def _activation_shapes(model: Architecture, rows: int) -> dict[str, tuple[int, .
         "mlp_normed": width,
         "gate_up": (rows, 2 * model.intermediate_size),  # (N, 2F), overwritten by its gradient
     }
+    if device == "cuda":
+        # (B, H, T) the logarithm of each softmax's denominator; the torch path computes the weights again.
+        shapes["attention_lse"] = (rows // length, model.num_attention_heads, length)
+    return {name: shapes[name] for name in ACTIVATIONS if name in shapes}
 
 
 def _add_activation(draft: _Draft, name: str, shape: tuple[int, ...], first: str, last: str) -> None:
-    # A norm's reciprocal root mean square, one per token, stays wide.
-    dtype = draft.wide_dtype if name.endswith("rstd") else None
+    # A norm's reciprocal root mean square, one per token, stays wide; so does a softmax's denominator.
+    dtype = draft.wide_dtype if name.endswith(("rstd", "lse")) else None
     draft.add(name, shape, "activations", first=first, last=last, dtype=dtype)
 
 
@@ -365,19 +468,36 @@ def _add_logits(
 ) -> None:
     chunk = min(head_chunk_tokens(config, device), rows)
     draft.add(f"{phase}.logits", (chunk, model.vocab_size), "logits", first=phase)  # (chunk, V)
-    if draft.compute_dtype != draft.wide_dtype:
+    if device == "cpu" and draft.compute_dtype != draft.wide_dtype:
         draft.add(
             f"{phase}.probabilities", (chunk, model.vocab_size), "logits", first=phase, dtype=draft.wide_dtype
         )
 
 
-def _add_workspace(draft: _Draft, model: Architecture, length: int) -> None:
-    """Small scratch of the torch path, shared by all phases; its sizes do not depend on the micro-batch."""
+def _add_workspace(
+    draft: _Draft, config: RunConfig, model: Architecture, device: str, *, trains: bool
+) -> None:
+    """Small scratch that all phases share; its sizes do not depend on the micro-batch."""
+    half = model.head_dim // 2
+    # The kernels compute in fp32 from whatever they load; the torch path would have to widen what it reads.
+    tables = draft.wide_dtype if device == "cuda" else None
+    for name in ("cos", "sin"):
+        draft.add(f"rotary.{name}", (model.max_position_embeddings, half), "scratch", dtype=tables)
+    if device == "cpu":
+        _add_torch_workspace(draft, config, model)
+        return
+    if trains:
+        draft.add(
+            "workspace.norm_partials", (NORM_PARTIALS, model.hidden_size), "scratch", dtype=draft.wide_dtype
+        )
+        draft.add("workspace.sum_partials", (SUM_PARTIALS,), "scratch", dtype="float64")
+
+
+def _add_torch_workspace(draft: _Draft, config: RunConfig, model: Architecture) -> None:
+    length = config.data.sequence_length
     queries = min(QUERY_BLOCK, length)
     kv_heads, group = model.num_key_value_heads, model.num_attention_heads // model.num_key_value_heads
     half = model.head_dim // 2
-    for name in ("cos", "sin"):
-        draft.add(f"rotary.{name}", (model.max_position_embeddings, half), "scratch")  # (positions, D/2)
     for slot in range(3):
         draft.add(f"workspace.wide.{slot}", (ROW_CHUNK, model.hidden_size), "scratch", dtype=draft.wide_dtype)
     draft.add("workspace.weight_gradient", (model.hidden_size,), "scratch", dtype=draft.wide_dtype)
@@ -390,6 +510,8 @@ def _add_workspace(draft: _Draft, model: Architecture, length: int) -> None:
     draft.add("workspace.causal_mask", (queries, queries), "scratch")
     for name in ("key", "value", "d_key"):
         draft.add(f"workspace.{name}", (kv_heads, length, model.head_dim), "scratch")
+    if config.data.document_mask:
+        draft.add("workspace.hidden_keys", (queries, length), "scratch", dtype="bool")
     if length > queries:  # several query blocks add to one key's gradient: that sum is taken wide
         for name in ("d_key_sum", "d_value_sum", "d_key_wide"):
             draft.add(
@@ -401,16 +523,16 @@ def _add_inference(
     draft: _Draft, config: RunConfig, model: Architecture, rows: int, device: str, *, samples: bool
 ) -> None:
     """Evaluation runs block after block through one set of activations; sampling keeps keys and values."""
-    for name, shape in _activation_shapes(model, rows).items():
+    for name, shape in _activation_shapes(model, rows, config.data.sequence_length, device).items():
         _add_activation(draft, f"evaluate.{name}", shape, "evaluate", "evaluate")
     for name, columns in (("hidden", model.intermediate_size), ("delta", model.hidden_size)):
         draft.add(f"evaluate.{name}", (rows, columns), "scratch", first="evaluate")
     _add_logits(draft, config, model, "evaluate", rows, device)
     if samples:
-        _add_sampling(draft, model, config.data.sequence_length)
+        _add_sampling(draft, model, config.data.sequence_length, device)
 
 
-def _add_sampling(draft: _Draft, model: Architecture, length: int) -> None:
+def _add_sampling(draft: _Draft, model: Architecture, length: int, device: str) -> None:
     context, kv_heads = model.max_position_embeddings, model.num_key_value_heads
     cache = (model.num_hidden_layers, 2, kv_heads, context, model.head_dim)
     draft.add("sample.cache", cache, "activations", first="sample")  # (L, 2, K, S, D)
@@ -432,6 +554,10 @@ def _add_sampling(draft: _Draft, model: Architecture, length: int) -> None:
     group = model.num_attention_heads // kv_heads
     draft.add("sample.scores", (kv_heads, group * chunk, context), "scratch", first="sample")
     draft.add("sample.logits", (1, model.vocab_size), "logits", first="sample")  # (1, V)
+    if device == "cuda":  # the torch path has these for training too
+        for name in ("query", "d_query"):
+            draft.add(f"workspace.{name}", (kv_heads, group, chunk, model.head_dim), "scratch")
+        draft.add("workspace.causal_mask", (chunk, chunk), "scratch")
 
 
 def peak_buffers(plan: MemoryPlan, count: int = 3) -> Sequence[Buffer]:

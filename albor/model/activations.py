@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from albor.architecture import block_name
 from albor.memory.arena import Arena
+
+# What a plan holds only where the attention needs it, and `delta` only where a forward runs again.
+_OPTIONAL = (".attention_lse", "backward.delta")
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Activations:
     attention_rstd: torch.Tensor  # (N,) wide
     attention_normed: torch.Tensor  # (N, C)
     qkv: torch.Tensor  # (N, (H + 2K) D), queries and keys rotated
+    attention_lse: torch.Tensor | None  # (B, H, T) wide; None on the torch path
     attention_out: torch.Tensor  # (N, H D)
     middle: torch.Tensor  # (N, C) the residual stream before the feed-forward layer
     mlp_rstd: torch.Tensor  # (N,) wide
@@ -32,13 +37,20 @@ class Activations:
         own = f"{block_name(layer)}."
         names = {f.name: f"{own}{f.name}" for f in fields(cls)}
         return cls(
-            **{key: arena[name if name in arena else f"{scratch}.{key}"] for key, name in names.items()}
+            **{
+                key: _found(arena, name if name in arena else f"{scratch}.{key}")
+                for key, name in names.items()
+            }
         )
 
     @classmethod
     def shared(cls, arena: Arena, scratch: str) -> Activations:
         """One set for all blocks: for a forward that no backward follows."""
-        return cls(**{f.name: arena[f"{scratch}.{f.name}"] for f in fields(cls)})
+        return cls(**{f.name: _found(arena, f"{scratch}.{f.name}") for f in fields(cls)})
+
+
+def _found(arena: Arena, name: str) -> Any:
+    return arena.get(name) if name.endswith(_OPTIONAL) else arena[name]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from albor import ops
 from albor.architecture import Architecture
 from albor.memory.arena import Arena
 from albor.model.activations import Activations, BlockGradients
@@ -50,17 +49,25 @@ class Block:
         self.feed_forward.forward(self.weights, a)
         return a.middle, a.delta
 
-    def backward(self, d_x: torch.Tensor, d: BlockGradients, d_weights: BlockTensors) -> None:
-        """d_x (N, C): the gradient of the block's output on entry, of its input on return; fills
-        d_weights.
+    @property
+    def output(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a training forward leaves the pair (residual, delta)."""
+        assert self.saved is not None, "an inference plan keeps nothing"
+        return self.saved.middle, self.saved.delta
+
+    def backward(
+        self, d_x: torch.Tensor, d: BlockGradients, d_weights: BlockTensors, *, add: bool = False
+    ) -> None:
+        """d_x (N, C): the gradient of the block's output on entry, of its input on return; fills d_weights,
+        or with `add` adds to them.
         """
-        a, w, work = self.restored, self.weights, self.feed_forward.work
+        a, w, ops = self.restored, self.weights, self.feed_forward.ops
         assert a is not None, "an inference plan has no backward"
         if self.recompute == "block":
             self.attention.forward(a.input, None, w, a)
             self.feed_forward.forward_to_gate_up(w, a)
         elif self.recompute == "cheap":
-            ops.rmsnorm_recompute(a.middle, a.mlp_rstd, w.mlp_norm, a.mlp_normed, work)
-            ops.rmsnorm_recompute(a.input, a.attention_rstd, w.attention_norm, a.attention_normed, work)
-        self.feed_forward.backward(d_x, w, a, d, d_weights)
-        self.attention.backward(d_x, w, a, d, d_weights)
+            ops.rmsnorm_recompute(a.middle, a.mlp_rstd, w.mlp_norm, a.mlp_normed)
+            ops.rmsnorm_recompute(a.input, a.attention_rstd, w.attention_norm, a.attention_normed)
+        self.feed_forward.backward(d_x, w, a, d, d_weights, add=add)
+        self.attention.backward(d_x, w, a, d, d_weights, add=add)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from albor import ops
 from albor.errors import AlborError
 from albor.memory.arena import Arena
 from albor.model.activations import Activations
@@ -34,7 +33,7 @@ class Decoder:
         self._rotated_heads = architecture.num_attention_heads + architecture.num_key_value_heads
         self._cos, self._sin = arena["rotary.cos"], arena["rotary.sin"]
         self._caches = arena["sample.cache"].unbind()  # one (2, K, S, D) per layer
-        self._work = replace(model.work, scores=arena["sample.scores"])
+        self._ops = replace(model.ops, scores=arena["sample.scores"])
         self._single = self._activations(1)
 
     def reset(self) -> None:
@@ -61,23 +60,23 @@ class Decoder:
             a = self._read(chunk)
         head, logits = self.model.head, self.arena["sample.logits"]
         last, delta, normed, rstd = a.middle[-1:], a.delta[-1:], a.mlp_normed[-1:], a.mlp_rstd[-1:]
-        ops.rmsnorm_forward(last, delta, head.norm, self._eps, last, normed, rstd, self._work)
-        ops.linear_forward(normed, head.tokens, logits)
+        self._ops.rmsnorm_forward(last, delta, head.norm, self._eps, last, normed, rstd)
+        self._ops.linear_forward(normed, head.tokens, logits)
         return logits[0]
 
     def _read(self, tokens: torch.Tensor) -> Activations:
         """Runs all blocks over the next `tokens`, of which a chunk has room, and appends to the caches."""
-        rows, eps, work = tokens.shape[0], self._eps, self._work
+        rows, eps = tokens.shape[0], self._eps
         a = self._single if rows == 1 else self._activations(rows)
         stream, normed, rstd, delta = a.input, a.attention_normed, a.attention_rstd, None
         self.model.embedding.forward(tokens, stream)
         for block, cache in zip(self.model.blocks, self._caches, strict=True):
             w = block.weights
-            ops.rmsnorm_forward(stream, delta, w.attention_norm, eps, stream, normed, rstd, work)
-            ops.linear_forward(normed, w.qkv, a.qkv)
-            ops.rotary(a.qkv, self._cos, self._sin, self._rotated_heads, rows, work, start=self.length)
-            ops.attention_cached(a.qkv, cache, a.attention_out, self.length, work)
-            ops.linear_forward(a.attention_out, w.attention_out, a.delta)
+            self._ops.rmsnorm_forward(stream, delta, w.attention_norm, eps, stream, normed, rstd)
+            self._ops.linear_forward(normed, w.qkv, a.qkv)
+            self._ops.rotary(a.qkv, self._cos, self._sin, self._rotated_heads, rows, start=self.length)
+            self._ops.attention_cached(a.qkv, cache, a.attention_out, self.length)
+            self._ops.linear_forward(a.attention_out, w.attention_out, a.delta)
             block.feed_forward.forward(w, a)
             delta = a.delta
         self.length += rows
@@ -90,6 +89,7 @@ class Decoder:
         return Activations(
             input=view["stream"],
             attention_rstd=view["rstd"],
+            attention_lse=None,
             attention_normed=view["normed"],
             qkv=view["qkv"],
             attention_out=view["attention_out"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from albor import ops
 from albor.architecture import Architecture
 from albor.memory.arena import Arena
 from albor.model.activations import Activations, BlockGradients
@@ -13,20 +12,29 @@ from albor.model.block import Block
 from albor.model.embedding import Embedding
 from albor.model.feed_forward import FeedForward
 from albor.model.head import Head
+from albor.ops import make_ops, rotary_tables
 
 
 class Transformer:
     """Embedding, blocks and head as views over `arena`; weights live nowhere else."""
 
-    def __init__(self, model: Architecture, arena: Arena, sequence_length: int, recompute: str = "none"):
+    def __init__(
+        self,
+        model: Architecture,
+        arena: Arena,
+        sequence_length: int,
+        recompute: str = "none",
+        loss_terms: dict[str, float] | None = None,
+    ):
+        """`loss_terms` are the keyword arguments of `Ops.cross_entropy` that training adds."""
         self.architecture, self.arena = model, arena
-        self.work = ops.Workspace.from_arena(arena)
-        ops.rotary_tables(model.rope_theta, arena["rotary.cos"], arena["rotary.sin"])
+        self.ops = make_ops(arena)
+        rotary_tables(model.rope_theta, arena["rotary.cos"], arena["rotary.sin"])
         self.trains = "backward.d_x" in arena
-        self.embedding = Embedding(model, arena, self.work)
-        self.head = Head(model, arena, self.work)
-        attention = Attention(model, sequence_length, arena, self.work)
-        feed_forward = FeedForward(model, self.work)
+        self.embedding = Embedding(model, arena, self.ops)
+        self.head = Head(model, arena, self.ops, loss_terms or {})
+        attention = Attention(model, sequence_length, arena, self.ops)
+        feed_forward = FeedForward(model, self.ops)
         self.blocks = [
             Block(layer, model, arena, attention, feed_forward, recompute, trains=self.trains)
             for layer in range(model.num_hidden_layers)

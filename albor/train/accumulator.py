@@ -1,75 +1,273 @@
 """Sums gradients over micro-batches in fp32, block by block, in host memory or on the device.
 
-A block's gradient leaves the device's block buffer as soon as its backward is done, so that only two such
-buffers exist there, whatever the depth of the model.
+Backward writes each block's gradient into the buffer that `buffer` names. Between `reserve` and `add` the
+buffer is backward's; after `add` it belongs to the accumulator. There are three kinds:
+
+- on the CPU, and wherever else gradients need not travel: `HostSums` adds each buffer to the sums at once;
+- on a GPU with `accumulator: gpu`: in `DeviceSums` the buffer is the sum itself, and backward adds to it;
+- on a GPU with `accumulator: cpu`: in `TravellingSums` a gradient leaves for host memory while the next
+  block's backward runs, and comes back, summed, for the update. On the device there are two block buffers,
+  whatever the depth of the model.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from albor import ops
-from albor.architecture import Architecture, BlockSlice
+from albor.architecture import Architecture, BlockSlice, block_name
 from albor.memory.arena import Arena
+from albor.ops import Ops
+from albor.train.streams import Event, Streams
 
 
-class PerBlockGradientAccumulator:
+class PerBlockGradientAccumulator(ABC):
     """The sum of the gradients of a step's micro-batches, one slice per block."""
 
     def __init__(self, model: Architecture, arena: Arena):
         self.blocks = {block.name: block for block in model.blocks}
         self.sums = arena["gradients.accumulator"]  # flat, wide
-        self.scratch = arena["gradients.widened"]  # where the sums are
-        # On CUDA with host sums, a gradient crosses the bus through pinned memory; elsewhere it is added in
-        # place.
-        self.transfer = arena.get("gradients.transfer")
-        self.returned = arena.get("gradients.returned")
-        self.staging = arena.get("gradients.return_staging")
         # Between parameters lies alignment padding, which nobody writes: it comes along with whatever it
         # held.
         ends = (*(p.offset for p in model.parameters[1:]), model.flat_size)
-        gaps = ((p.offset + p.size, end) for p, end in zip(model.parameters, ends, strict=True))
-        self._padding = [self.sums[start:end] for start, end in gaps if start < end]
-        self._first = True
+        gaps = ((p.block, p.offset + p.size, end) for p, end in zip(model.parameters, ends, strict=True))
+        self._padding: dict[str, list[torch.Tensor]] = {name: [] for name in self.blocks}
+        for block, start, end in gaps:
+            if start < end:
+                self._padding[block].append(self.sums[start:end])
+        self.first = True  # in the step's first micro-batch, whose gradients replace what was there
 
-    def begin(self) -> None:
-        """Starts a step: the first gradient of each block replaces what was there."""
-        self._first = True
+    def begin(self, micro_batches: int) -> None:
+        """Starts a step of so many micro-batches."""
+        self.first = True
 
     def end_micro_batch(self) -> None:
         """From here on, gradients are added."""
-        self._first = False
+        self.first = False
 
-    def add(self, name: str, gradient: torch.Tensor) -> None:
-        """Adds block `name`'s gradient, flat, of this micro-batch; its buffer may be reused on return."""
-        block = self.blocks[name]
-        sums = self.sums[block.start : block.end]
-        if self.transfer is not None:
-            staged = self.transfer[: block.size]
-            staged.copy_(gradient)  # blocks until it has arrived
-            gradient = staged
-        if self._first:
-            sums.copy_(gradient)
-        else:
-            ops.accumulate(gradient, sums, self.scratch)
+    @property
+    def adds_itself(self) -> bool:
+        """Whether backward is to add to its buffers, which hold the sum of earlier micro-batches."""
+        return False
 
-    def norm(self) -> float:
-        """The L2 norm of the summed gradient over all parameters; comes before anything else reads the
-        sums.
+    @abstractmethod
+    def buffer(self, name: str) -> torch.Tensor:
+        """Where backward writes block `name`'s gradient: flat, of the block's size."""
+
+    def reserve(self, name: str) -> None:  # noqa: B027 nothing to do where gradients stay
+        """Backward is about to write into block `name`'s buffer."""
+
+    def add(self, name: str) -> None:  # noqa: B027
+        """Backward has written block `name`'s gradient of this micro-batch."""
+
+    @abstractmethod
+    def squared_norm(self) -> float | None:
+        """Of the summed gradient over all parameters; None where it is on the device, in io.results[1]. Comes
+        before anything else reads the sums.
         """
-        for padding in self._padding:
-            padding.zero_()
-        # Per block, then over the blocks in float64: the order of summation is fixed.
-        return math.sqrt(sum(ops.norm(self.sums[b.start : b.end]) ** 2 for b in self.blocks.values()))
 
+    @abstractmethod
     def gradient(self, block: BlockSlice) -> torch.Tensor:
         """Block's summed gradient, flat and wide, where the optimizer works; valid until the next call."""
-        sums = self.sums[block.start : block.end]
-        if self.returned is None or self.staging is None:
-            return sums
-        staged, returned = self.staging[: block.size], self.returned[: block.size]
-        staged.copy_(sums)
-        returned.copy_(staged)
-        return returned
+
+    @property
+    def resident(self) -> bool:
+        """Whether all gradients are where the optimizer works, so that its update is one piece of work."""
+        return True
+
+    def fetch(self) -> None:  # noqa: B027
+        """What is resident is there for all that the device does after this."""
+
+    def sum_of(self, name: str) -> torch.Tensor:
+        """Block `name`'s slice of the sums."""
+        block = self.blocks[name]
+        return self.sums[block.start : block.end]
+
+    def _clear_padding(self, name: str) -> None:
+        for padding in self._padding[name]:
+            padding.zero_()
+
+
+class HostSums(PerBlockGradientAccumulator):
+    """Sums beside the gradients: each buffer is added as soon as it is written."""
+
+    def __init__(self, model: Architecture, arena: Arena):
+        super().__init__(model, arena)
+        self._buffers = _block_buffers(model, arena)
+        self._scratch = arena["gradients.widened"].view(-1)
+
+    def buffer(self, name: str) -> torch.Tensor:
+        return self._buffers[name]
+
+    def add(self, name: str) -> None:
+        if self.first:
+            self.sum_of(name).copy_(self._buffers[name])
+        else:
+            ops.accumulate(self._buffers[name], self.sum_of(name), self._scratch)
+
+    def squared_norm(self) -> float:
+        for name in self.blocks:
+            self._clear_padding(name)
+        # Per block, then over the blocks in float64: the order of summation is fixed.
+        return sum(ops.norm(self.sum_of(name)) ** 2 for name in self.blocks)
+
+    def gradient(self, block: BlockSlice) -> torch.Tensor:
+        return self.sum_of(block.name)
+
+
+class DeviceSums(PerBlockGradientAccumulator):
+    """Sums on the device, which backward's own kernels add to, in fp32 and before anything is rounded."""
+
+    def __init__(self, model: Architecture, arena: Arena, operations: Ops):
+        super().__init__(model, arena)
+        self._ops, self._square = operations, arena["io.results"][1:]
+
+    @property
+    def adds_itself(self) -> bool:
+        return not self.first
+
+    def buffer(self, name: str) -> torch.Tensor:
+        return self.sum_of(name)
+
+    def squared_norm(self) -> None:
+        # The padding is zero since the run's beginning, for no kernel writes there.
+        self._ops.squared_norm(self.sums, self._square)
+
+    def gradient(self, block: BlockSlice) -> torch.Tensor:
+        return self.sum_of(block.name)
+
+
+class TravellingSums(PerBlockGradientAccumulator):
+    """Sums in host memory for a device that computes meanwhile.
+
+    Gradients leave on a stream of their own through page-locked buffers, one event each. A thread waits for
+    each event in turn, has the gradient added up by several others, and in the last micro-batch sends the sum
+    back as soon as it is whole, where the plan has a place for every block.
+    """
+
+    def __init__(self, model: Architecture, arena: Arena, streams: Streams):
+        super().__init__(model, arena)
+        self._streams = streams
+        self._buffers = _block_buffers(model, arena)
+        layers = model.num_hidden_layers
+        self._staging = {name: arena[f"gradients.transfer.{name}"] for name in ("head", "embedding")}
+        for layer in range(layers):
+            self._staging[block_name(layer)] = arena[f"gradients.transfer.block.{layer % 2}"]
+        # Blocks that use one buffer, on the device and in host memory, are known by its name.
+        self._place = {block_name(layer): f"block.{layer % 2}" for layer in range(layers)}
+        self._place |= {"head": "head", "embedding": "embedding"}
+        self._left: dict[str, Event] = {}  # by place: when its gradient has left the device
+        self._summed: dict[str, Future[None]] = {}  # by place: when it has left the staging buffer too
+        self._returned: dict[str, Event] = {}  # by block: when the sum is back on the device
+        self._last_block = block_name(layers - 1)
+        self._early = f"gradients.returned.{block_name(0)}" in arena
+        slots = self.blocks if self._early else ("0", "1")
+        self._back = {name: arena[f"gradients.returned.{name}"] for name in slots}
+        self._freed: list[Event] = [None, None]  # when the update from each of two slots was done
+        self._turn = 0
+        self._scratch = arena["gradients.widened"].unbind()
+        self._squares: dict[str, float] = {}
+        self._remaining = 0
+        # One that waits, and those that add; the sums' order is that of the calls of `add`.
+        self._waiter = ThreadPoolExecutor(1, "gradients")
+        self._adders = ThreadPoolExecutor(len(self._scratch), "gradient-sums")
+
+    def begin(self, micro_batches: int) -> None:
+        super().begin(micro_batches)
+        self._remaining = micro_batches
+        self._squares.clear()
+        self._returned.clear()
+        self._freed = [None, None]
+
+    def end_micro_batch(self) -> None:
+        super().end_micro_batch()
+        self._remaining -= 1
+
+    def buffer(self, name: str) -> torch.Tensor:
+        return self._buffers[name]
+
+    def reserve(self, name: str) -> None:
+        place = self._place[name]
+        if place in self._left:
+            self._streams.compute_waits([self._left.pop(place)])
+
+    def add(self, name: str) -> None:
+        place = self._place[name]
+        if place in self._summed:
+            self._summed.pop(place).result()  # the host may run two blocks ahead of the sums, and no further
+        arrived = self._streams.copy_out(self._staging[name], self._buffers[name])
+        self._left[place] = arrived
+        last = self._remaining == 1
+        self._summed[place] = self._waiter.submit(self._sum, name, arrived, first=self.first, last=last)
+
+    def _sum(self, name: str, arrived: Event, *, first: bool, last: bool) -> None:
+        self._streams.host_waits(arrived)
+        gradient, sums = self._staging[name], self.sum_of(name)
+        size = -(-sums.numel() // len(self._scratch))
+        parts = [slice(start, min(start + size, sums.numel())) for start in range(0, sums.numel(), size)]
+
+        def add_part(part: slice, scratch: torch.Tensor) -> None:
+            if first:
+                sums[part].copy_(gradient[part])
+            else:
+                ops.accumulate(gradient[part], sums[part], scratch)
+
+        list(self._adders.map(add_part, parts, self._scratch))
+        if not last:
+            return
+        self._clear_padding(name)
+        if self._early and name != "head":
+            # Until the block's backward its place was an activation's: `arrived` comes after that. The head's
+            # place is free only after the last block's.
+            for back in ("head", name) if name == self._last_block else (name,):
+                self._returned[back] = self._streams.copy_in(self._back[back], self.sum_of(back), arrived)
+        squares = self._adders.map(lambda part: ops.norm(sums[part]) ** 2, parts)
+        self._squares[name] = sum(squares)
+
+    def squared_norm(self) -> float:
+        for future in self._summed.values():
+            future.result()
+        self._summed.clear()
+        return math.fsum(self._squares[name] for name in self.blocks)
+
+    @property
+    def resident(self) -> bool:
+        return self._early
+
+    def fetch(self) -> None:
+        self._streams.compute_waits(self._returned.values())
+
+    def gradient(self, block: BlockSlice) -> torch.Tensor:
+        if self._early:
+            return self._back[block.name]
+        # Two slots in turn: while the optimizer reads one, the other is filled.
+        slot = self._turn
+        self._freed[1 - slot] = self._streams.mark()
+        self._turn = 1 - slot
+        after = self._freed[slot] or self._streams.mark()
+        back = self._back[str(slot)][: block.size]
+        self._streams.compute_waits([self._streams.copy_in(back, self.sum_of(block.name), after)])
+        return back
+
+
+def _block_buffers(model: Architecture, arena: Arena) -> dict[str, torch.Tensor]:
+    """The flat gradient buffer of each block: two for all transformer blocks, used in turn."""
+    buffers = {name: arena[f"gradients.{name}"] for name in ("head", "embedding")}
+    for layer in range(model.num_hidden_layers):
+        buffers[block_name(layer)] = arena[f"gradients.block.{layer % 2}"]
+    return buffers
+
+
+def make_accumulator(
+    model: Architecture, arena: Arena, operations: Ops, streams: Streams
+) -> PerBlockGradientAccumulator:
+    """The accumulator that the arena's plan was made for."""
+    if arena.plan.device == "cpu":
+        return HostSums(model, arena)
+    if arena.plan.accumulator == "gpu":
+        return DeviceSums(model, arena, operations)
+    return TravellingSums(model, arena, streams)

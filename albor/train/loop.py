@@ -200,7 +200,8 @@ def evaluate_session(session: Session, batches: int, stop: StopRequest) -> Valid
     held_out = validation_batches(
         session.data.validation, config.data.sequence_length, config.train.micro_batch_size, batches
     )
-    return validate(session.trainer.model, _until(stop, held_out), session.data.tokenizer.token_bytes)
+    trainer, token_bytes = session.trainer, session.data.tokenizer.token_bytes
+    return validate(trainer.model, trainer.input, _until(stop, held_out), token_bytes)
 
 
 def _until(stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -174,7 +174,7 @@ def open_session(
     if source is not None:
         _check_dtype(source, plan)
     arena = Arena(plan, device)
-    trainer = Trainer(config, arena)
+    trainer = Trainer(config, arena, data.tokenizer.end_of_document_id)
     weights = [s.weight for s in config.data.sources]
     loader_arguments = (
         data.train,

@@ -6,21 +6,27 @@ nothing is read back to the host except the loss and the gradient norm, once, at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
-from albor.architecture import IGNORED_TARGET, Architecture, block_name
+from albor.architecture import Architecture, block_name
 from albor.config import RunConfig
 from albor.memory.arena import Arena
-from albor.model.parameters import block_tensors
+from albor.model.batch import BatchInput
+from albor.model.parameters import block_tensors, named_tensors
 from albor.model.transformer import Transformer
-from albor.train.accumulator import PerBlockGradientAccumulator
+from albor.ops import UpdateScalars
+from albor.seeds import derive_seed
+from albor.train.accumulator import DeviceSums, make_accumulator
 from albor.train.guard import GuardState, judge
 from albor.train.optimizer import AdamW
 from albor.train.schedule import learning_rate
+from albor.train.streams import make_streams
 
 Batch = tuple[np.ndarray, np.ndarray]  # tokens and targets, (B, T) each
 
@@ -45,107 +51,166 @@ class StepResult:
     updated: bool  # False: loss or norm was not finite, and the weights are as they were
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """What a step's micro-batches came to. The gradient itself is in the accumulator."""
+
+    loss: float  # mean over the global batch's target tokens, in nats
+    grad_norm: float  # before clipping
+    gradient_scale: float  # the summed gradient times this is the true one
+    target_tokens: int
+
+
 class Trainer:
     """A model, its gradient accumulator and its optimizer over one arena."""
 
-    def __init__(self, config: RunConfig, arena: Arena):
+    def __init__(self, config: RunConfig, arena: Arena, end_of_document: int | None = None):
+        """`end_of_document` is the token that ends a document; `data.document_mask` needs it."""
         self.config, self.arena = config, arena
         self.architecture = Architecture.from_config(config.model)
+        terms = {"label_smoothing": config.train.label_smoothing, "z_loss": config.train.z_loss}
         self.model = Transformer(
-            self.architecture, arena, config.data.sequence_length, config.train.recompute
+            self.architecture, arena, config.data.sequence_length, config.train.recompute, terms
         )
-        self.accumulator = PerBlockGradientAccumulator(self.architecture, arena)
-        self.optimizer = AdamW(config.optimizer, self.architecture, arena)
+        self.input = BatchInput(arena, self.model.ops, end_of_document)
+        self.streams, self._graphs = make_streams(arena.device)
+        self.accumulator = make_accumulator(self.architecture, arena, self.model.ops, self.streams)
+        self.optimizer = AdamW(config.optimizer, self.architecture, arena, self.model.ops)
         self.layers = self.architecture.num_hidden_layers
-        # Two gradient buffers for all blocks, used in turn; a block sees its slot under its own tensor names.
-        self._slots = [arena[f"gradients.block.{slot}"] for slot in range(min(2, self.layers))]
+        # A block sees its gradient buffer, which may be another's too, under its own tensor names.
         starts = {block.name: block.start for block in self.architecture.blocks}
-        self._d_weights = [
-            block_tensors(self._slots[layer % 2], self.architecture, layer, starts[block_name(layer)])
-            for layer in range(self.layers)
+        buffer = self.accumulator.buffer
+        self._d_blocks = [
+            block_tensors(buffer(block_name(i)), self.architecture, i, starts[block_name(i)])
+            for i in range(self.layers)
         ]
+        self._d_head = self.model.head.gradient_views(buffer("head"), buffer("embedding"))
+        table = self.architecture.parameters[0]
+        self._d_embedding = buffer("embedding")[: table.size].view(table.shape)
+        self._index = {
+            name: arena[f"io.{name}"] for name in self.model.ops.token_index(np.zeros(1, np.int64))
+        }
 
     def step(self, batches: Iterable[Batch], state: TrainState) -> tuple[StepResult, TrainState]:
         """One optimizer step over `gradient_accumulation_steps` micro-batches."""
-        config, arena = self.config, self.arena
-        # The head divides by the tokens of a full batch; what is padding is made up for at the end, when it
-        # is known.
-        scale = state.guard.loss_scale / config.tokens_per_step
-        target_tokens = 0
-        self.accumulator.begin()
-        arena["io.loss_sum"].zero_()
-        for batch in batches:
-            target_tokens += self._load(batch)
-            self._forward_backward(scale)
-            self.accumulator.end_micro_batch()
+        return self.update(self.accumulate(batches, state), state)
 
-        arena.enter("clip")
-        loss = float(arena["io.loss_sum"]) / max(target_tokens, 1)
+    def accumulate(self, batches: Iterable[Batch], state: TrainState) -> Accumulated:
+        """Loss and gradient of the global batch. No weight moves."""
+        config, arena = self.config, self.arena
+        target_tokens = 0
+        self.accumulator.begin(config.train.gradient_accumulation_steps)
+        with self.streams.computing():
+            # The head divides by the tokens of a full batch; what is padding is made up for at the end, when
+            # it is known.
+            arena["io.scale"].fill_(state.guard.loss_scale / config.tokens_per_step)
+            arena["io.results"].zero_()
+            for batch in batches:
+                target_tokens += self.input.load(*batch)
+                self._micro_batch()
+                self.accumulator.end_micro_batch()
+            arena.enter("clip")
+            square = self.accumulator.squared_norm()
+            loss_sum, square_on_device = self._read_results()
         # From here to the true gradient: the mean over target tokens, without the loss scale.
         gradient_scale = config.tokens_per_step / max(target_tokens, 1) / state.guard.loss_scale
-        norm = self.accumulator.norm() * gradient_scale
+        norm = math.sqrt(square_on_device if square is None else square) * gradient_scale
+        return Accumulated(loss_sum / max(target_tokens, 1), norm, gradient_scale, target_tokens)
+
+    def update(self, sums: Accumulated, state: TrainState) -> tuple[StepResult, TrainState]:
+        """The weights' update by what was accumulated, unless the guard forbids it."""
+        config, arena = self.config, self.arena
         lr = learning_rate(state.step + 1, config.steps, config.optimizer.lr, config.schedule)
-        updates, guard = judge(state.guard, loss, norm, arena.plan.compute_dtype)
+        updates, guard = judge(state.guard, sums.loss, sums.grad_norm, arena.plan.compute_dtype)
         if updates:
             arena.enter("optimize")
-            clip = clip_factor(norm, config.optimizer.grad_clip)
-            self.optimizer.update(self.accumulator, lr, state.updates + 1, gradient_scale * clip)
-        result = StepResult(loss, norm, lr, target_tokens, updates)
+            clip = clip_factor(sums.grad_norm, config.optimizer.grad_clip)
+            number = state.updates + 1
+            seed = derive_seed(config.seed, "stochastic rounding", number)
+            with self.streams.computing():
+                self.model.ops.begin_update(
+                    UpdateScalars(lr, sums.gradient_scale * clip, number, seed), config.optimizer.betas
+                )
+                self.accumulator.fetch()
+                if self.accumulator.resident:
+                    self._graphs.run("optimizer", lambda: self.optimizer.update(self.accumulator))
+                else:
+                    self.optimizer.update(self.accumulator)
+        result = StepResult(sums.loss, sums.grad_norm, lr, sums.target_tokens, updates)
         return result, TrainState(state.step + 1, state.updates + int(updates), guard)
 
-    def _forward_backward(self, scale: float) -> None:
-        """One micro-batch: adds its loss to io.loss_sum and its gradients to the accumulator."""
-        arena, model, accumulator = self.arena, self.model, self.accumulator
-        assert model.gradients is not None
-        d_x = arena["backward.d_x"]
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The accumulated sums by parameter name, until `update`, which may overwrite them."""
+        return named_tensors(self.accumulator.sums, self.architecture)
 
+    def _micro_batch(self) -> None:
+        """One micro-batch: adds its loss to io.results and its gradients to the accumulator.
+
+        On a GPU each part is a CUDA graph; the whole is one where no gradient has to leave in between.
+        """
+        adds = self.accumulator.adds_itself
+        if isinstance(self.accumulator, DeviceSums):
+            self._graphs.run(("micro-batch", adds), lambda: self._forward_backward(adds))
+        else:
+            self._forward_backward(adds)
+
+    def _forward_backward(self, adds: bool) -> None:
+        accumulator, run = self.accumulator, self._graphs.run
+        run(("forward", adds), self._forward)
+        accumulator.reserve("head")
+        accumulator.reserve("embedding")  # which a tied head writes into first
+        run(("head", adds), lambda: self._head(adds))
+        accumulator.add("head")
+        for layer in reversed(range(self.layers)):
+            accumulator.reserve(block_name(layer))
+            run(("backward", layer, adds), partial(self._backward, layer, adds))
+            accumulator.add(block_name(layer))
+        run(("embedding", adds), lambda: self._embedding_backward(adds))
+        accumulator.add("embedding")
+
+    def _forward(self) -> None:
+        """Tokens to the residual stream after the last block, which the head finds as a pair to be added."""
+        arena, model = self.arena, self.model
         arena.enter("embed")
         residual, delta = arena["blocks.00.input"], None
         model.embedding.forward(arena["io.tokens"], residual)
         for layer, block in enumerate(model.blocks):
             arena.enter(f"forward.{layer:02d}")
             residual, delta = block.forward(residual, delta)
-        assert delta is not None
 
+    def _head(self, adds: bool) -> None:
+        """Loss, and its gradient with respect to the residual stream, in backward.d_x."""
+        arena, model = self.arena, self.model
         arena.enter("head")
-        model.head.forward_backward(residual, delta, arena["io.targets"], arena["io.losses"], d_x, scale)
-        arena["io.loss_sum"].add_(arena["io.losses"].sum(dtype=torch.float64))
-        accumulator.add("head", arena["gradients.head"])
-
-        for layer in reversed(range(self.layers)):
-            arena.enter(f"backward.{layer:02d}")
-            model.blocks[layer].backward(d_x, model.gradients, self._d_weights[layer])
-            accumulator.add(block_name(layer), self._slots[layer % 2])
-
-        arena.enter("embed_backward")
-        d_embedding = arena["gradients.embedding"]
-        if not self.architecture.tie_word_embeddings:  # a tied one holds the head's share
-            d_embedding.zero_()
-        parameter = self.architecture.parameters[0]
-        model.embedding.backward(
-            d_x,
-            arena["io.unique_tokens"],
-            arena["io.unique_index"],
-            d_embedding[: parameter.size].view(parameter.shape),
-            arena["backward.d_embedded"],
+        residual, delta = model.blocks[-1].output
+        losses, d_x = arena["io.losses"], arena["backward.d_x"]
+        model.head.forward_backward(
+            residual, delta, arena["io.targets"], losses, d_x, self._d_head, arena["io.scale"], add=adds
         )
-        accumulator.add("embedding", d_embedding)
+        model.ops.add_sum(losses, arena["io.results"][:1])
 
-    def _load(self, batch: Batch) -> int:
-        """Puts a micro-batch into the io buffers; returns the number of its target tokens."""
-        tokens, targets = (part.reshape(-1) for part in batch)
-        # Which tokens are the same one is known here, on the host: the embedding's backward sums by it.
-        unique, index = np.unique(tokens, return_inverse=True)
-        padded = np.zeros_like(tokens)
-        padded[: unique.size] = unique
-        for name, values in (
-            ("tokens", tokens),
-            ("targets", targets),
-            ("unique_tokens", padded),
-            ("unique_index", index),
-        ):
-            self.arena[f"io.{name}"].copy_(torch.from_numpy(values))
-        return int(np.count_nonzero(targets != IGNORED_TARGET))
+    def _backward(self, layer: int, adds: bool) -> None:
+        """backward.d_x from a block's output to its input, and the gradient of its weights."""
+        arena, model = self.arena, self.model
+        assert model.gradients is not None
+        arena.enter(f"backward.{layer:02d}")
+        model.blocks[layer].backward(arena["backward.d_x"], model.gradients, self._d_blocks[layer], add=adds)
+
+    def _embedding_backward(self, adds: bool) -> None:
+        arena = self.arena
+        arena.enter("embed_backward")
+        if not self.architecture.tie_word_embeddings and not adds:  # a tied one holds the head's share
+            self._d_embedding.zero_()
+        self.model.embedding.backward(arena["backward.d_x"], self._index, self._d_embedding)
+
+    def _read_results(self) -> tuple[float, float]:
+        """Sum of losses, squared gradient norm: the one time in a step that the host waits for the device."""
+        results, staged = self.arena["io.results"], self.arena.get("io.staged_results")
+        if staged is not None and self.arena.device.type == "cuda":
+            self.streams.host_waits(self.streams.copy_out(staged, results))
+            results = staged
+        loss_sum, square = results.tolist()
+        return loss_sum, square
 
 
 def clip_factor(norm: float, largest: float) -> float:

@@ -1,0 +1,82 @@
+"""A GPU's trainer on the CPU: the plan of a CUDA run, and the kernels in Triton's interpreter. What this
+cannot show is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import (
+    forward_backward,
+    gradient_norm,
+    gradients_of,
+    make_batches,
+    make_config,
+    make_trainer,
+    relative_error,
+    trainer_over,
+    weights_of,
+)
+from kernel_cases import DEVICE
+
+from albor.config import RunConfig
+from albor.memory import plan
+from albor.train.step import Trainer, TrainState
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU test_gpu.py runs the kernels themselves")
+
+# Small, for the interpreter takes 2 ms per program; the sequence is no multiple of a block.
+TINY = {"sequence_length": 11, "num_hidden_layers": 3, "gradient_accumulation_steps": 2, "vocab_size": 29}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "NORM_PARTIALS", 3)
+    monkeypatch.setattr(plan, "SUM_PARTIALS", 5)
+
+
+def kernel_trainer(config: RunConfig, accumulator: Any) -> Trainer:
+    return trainer_over(config, plan.plan_training(config, "cuda", "float32", accumulator))
+
+
+def train(trainer: Trainer, steps: int) -> list[tuple[float, float]]:
+    """Loss and norm of each step."""
+    state, seen = TrainState(), []
+    for number in range(steps):
+        result, state = trainer.step(make_batches(trainer.config, seed=number, ignored=0.2), state)
+        seen.append((result.loss, result.grad_norm))
+    return seen
+
+
+@pytest.mark.parametrize("accumulator", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"tie_word_embeddings": False, "recompute": "block", "head_chunk_tokens": 8},
+        {"recompute": "cheap", "num_key_value_heads": 4, "document_mask": True},
+        {"label_smoothing": 0.1, "z_loss": 1e-3, "num_key_value_heads": 1, "num_hidden_layers": 1},
+    ],
+    ids=["plain", "untied-block", "documents", "loss-terms"],
+)
+def test_loss_and_gradients_are_the_torch_paths(keys: dict, accumulator: str):
+    """Out of poisoned buffers, every parameter's gradient."""
+    config = make_config(**TINY | keys)
+    kernels, torch_path = kernel_trainer(config, accumulator), make_trainer(config)
+    batches = make_batches(config, ignored=0.2)
+    losses = [forward_backward(trainer, batches) for trainer in (kernels, torch_path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert gradient_norm(kernels) == pytest.approx(gradient_norm(torch_path), rel=1e-5)
+    ours, theirs = gradients_of(kernels), gradients_of(torch_path)
+    assert {name for name in ours if not relative_error(ours[name], theirs[name]) < 2e-5} == set()
+
+
+@pytest.mark.parametrize("accumulator", ["cpu", "gpu"])
+def test_training_is_the_torch_paths(accumulator: str):
+    config = make_config(**TINY, weight_decay=0.2, lr=0.01)
+    kernels, torch_path = kernel_trainer(config, accumulator), make_trainer(config, "float32")
+    np.testing.assert_allclose(train(kernels, 3), train(torch_path, 3), rtol=1e-5)
+    ours, theirs = weights_of(kernels), weights_of(torch_path)
+    assert {name for name in ours if not relative_error(ours[name], theirs[name]) < 1e-4} == set()

@@ -58,7 +58,9 @@ def _load(
     column = tl.arange(0, BLOCK_D)
     pointers = base + tl.cast(start, tl.int64) * STRIDE + row[:, None] * STRIDE + column[None, :]
     if BOUNDED and HEAD_DIM < BLOCK_D:
-        return tl.load(pointers, mask=(start + row < limit)[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(
+            pointers, mask=(start + row < limit)[:, None] & (column < HEAD_DIM)[None, :], other=0.0
+        )
     elif BOUNDED:
         return tl.load(pointers, mask=(start + row < limit)[:, None], other=0.0)
     elif HEAD_DIM < BLOCK_D:

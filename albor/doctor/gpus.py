@@ -1,0 +1,290 @@
+"""The NVIDIA driver and cards of this machine, asked through NVML: no CUDA context, and nothing is changed.
+
+Cards, drivers and containers differ in what they answer. A question without an answer is None here, and
+"not reported by the driver" in the report.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from albor.doctor.checks import read
+from albor.doctor.software import CudaVersion
+from albor.errors import ConfigError
+from albor.memory import devices
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The driver, or why there is none."""
+
+    version: str | None
+    cuda: CudaVersion | None  # the newest that it was made for
+    failure: str | None  # why NVML does not answer
+    failure_code: int | None
+    cards_on_bus: list[str]  # PCI addresses of NVIDIA's display and 3D controllers, driver or not
+
+
+@dataclass(frozen=True)
+class Process:
+    """A program that holds memory of a card."""
+
+    pid: int
+    name: str | None
+    memory_bytes: int | None
+    computes: bool  # with CUDA; else it draws
+
+    def __str__(self) -> str:
+        return f"{self.name or 'name hidden'} (pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class MigInstance:
+    """A slice of a card in MIG mode."""
+
+    name: str | None
+    uuid: str | None
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """One card. None: the driver does not say."""
+
+    index: int
+    chosen: bool  # a run that starts now gets this card
+    name: str | None
+    uuid: str | None
+    pci: str | None
+    compute_capability: tuple[int, int] | None
+    known_as: str | None  # its row in albor's table of cards
+    bf16_peak_flops: float | None
+    memory_total_bytes: int | None
+    memory_reserved_bytes: int | None  # by the driver
+    memory_free_bytes: int | None
+    processes: list[Process] | None
+    hidden_bytes: int | None  # in use by none of `processes`
+    utilization_percent: int | None
+    compute_mode: int | None
+    power_watts: float | None
+    power_limit_watts: float | None
+    power_default_watts: float | None
+    power_max_watts: float | None
+    clock_mhz: int | None
+    clock_max_mhz: int | None
+    memory_clock_mhz: int | None
+    memory_clock_max_mhz: int | None
+    clock_reasons: int | None  # NVML's bits
+    temperature_celsius: int | None
+    slowdown_celsius: int | None
+    pcie_generation: int | None
+    pcie_generation_max: int | None  # of card and slot together
+    pcie_width: int | None
+    pcie_width_max: int | None  # of the card
+    ecc: bool | None
+    ecc_uncorrected: int | None  # errors since the driver was loaded
+    mig: bool | None
+    mig_instances: list[MigInstance]
+    display_active: bool | None
+    persistence: bool | None
+
+    @property
+    def held_bytes(self) -> int:
+        """What other programs hold, as far as it is known."""
+        seen = sum(process.memory_bytes or 0 for process in self.processes or [])
+        return seen + (self.hidden_bytes or 0)
+
+
+class Nvml:
+    """pynvml, of which every question may be refused."""
+
+    def __init__(self, pynvml: Any):
+        self.pynvml = pynvml
+
+    def ask(self, function: str, *arguments: Any, **keywords: Any) -> Any:
+        """NVML's answer; None where the card, the driver or the binding has none."""
+        try:
+            return getattr(self.pynvml, function)(*arguments, **keywords)
+        # Older bindings lack functions, and some names that drivers give are not UTF-8.
+        except (self.pynvml.NVMLError, AttributeError, UnicodeDecodeError):
+            return None
+
+    def number(self, function: str, *arguments: Any, divisor: int = 1000) -> float | None:
+        """An answer in thousandths as a whole: milliwatts as watts."""
+        answer = self.ask(function, *arguments)
+        return None if answer is None else answer / divisor
+
+    def flag(self, function: str, *arguments: Any) -> bool | None:
+        """An answer that is on or off; of (now, after the next reset), what is now."""
+        answer = self.ask(function, *arguments)
+        if isinstance(answer, list | tuple):
+            answer = answer[0]
+        return None if answer is None else bool(answer)
+
+
+def read_machine(root: Path = Path("/")) -> tuple[Driver, list[GpuFacts]]:
+    """The driver and the cards that it answers for; `root` holds /sys."""
+    on_bus = _cards_on_bus(root)
+    try:
+        import pynvml
+    except ImportError:
+        return Driver(None, None, "the package nvidia-ml-py is not installed", None, on_bus), []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return Driver(None, None, str(error), getattr(error, "value", None), on_bus), []
+    try:
+        nvml = Nvml(pynvml)
+        number = nvml.ask("nvmlSystemGetCudaDriverVersion_v2")
+        cuda = None if number is None else (number // 1000, number % 1000 // 10)
+        driver = Driver(nvml.ask("nvmlSystemGetDriverVersion"), cuda, None, None, on_bus)
+        chosen = _chosen_uuid(nvml)
+        count = nvml.ask("nvmlDeviceGetCount") or 0
+        return driver, [_read_gpu(nvml, index, chosen, root) for index in range(count)]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _chosen_uuid(nvml: Nvml) -> str | None:
+    try:
+        handle = devices._visible_handle(nvml.pynvml)
+    except nvml.pynvml.NVMLError:
+        return None
+    return None if handle is None else nvml.ask("nvmlDeviceGetUUID", handle)
+
+
+def _read_gpu(nvml: Nvml, index: int, chosen: str | None, root: Path) -> GpuFacts:
+    # A card that fell off the bus has no handle; every question to it is refused.
+    handle = nvml.ask("nvmlDeviceGetHandleByIndex", index)
+    name, uuid = nvml.ask("nvmlDeviceGetName", handle), nvml.ask("nvmlDeviceGetUUID", handle)
+    capability = nvml.ask("nvmlDeviceGetCudaComputeCapability", handle)
+    total, reserved, free = _read_memory(nvml, handle)
+    processes = _read_processes(nvml, handle)
+    hidden = None
+    if total is not None and free is not None and processes is not None:
+        holdings = [process.memory_bytes for process in processes]
+        if None not in holdings:
+            hidden = max(0, total - free - (reserved or 0) - sum(size or 0 for size in holdings))
+    known = None
+    with suppress(ConfigError):
+        known = devices.find_gpu(name) if name else None
+    pci = getattr(nvml.ask("nvmlDeviceGetPciInfo", handle), "busId", None)
+    pci = pci.decode() if isinstance(pci, bytes) else pci
+    limits = nvml.ask("nvmlDeviceGetPowerManagementLimitConstraints", handle)
+    reasons = nvml.ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
+    if reasons is None:  # its name before driver 535
+        reasons = nvml.ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+    mig = nvml.flag("nvmlDeviceGetMigMode", handle)
+    instances = _read_mig(nvml, handle) if mig else []
+    return GpuFacts(
+        index=index,
+        chosen=chosen is not None and (chosen == uuid or chosen in [instance.uuid for instance in instances]),
+        name=name,
+        uuid=uuid,
+        pci=pci,
+        compute_capability=None if capability is None else (capability[0], capability[1]),
+        known_as=None if known is None else known.name,
+        bf16_peak_flops=None if known is None else known.bf16_peak_flops,
+        memory_total_bytes=total,
+        memory_reserved_bytes=reserved,
+        memory_free_bytes=free,
+        processes=processes,
+        hidden_bytes=hidden,
+        utilization_percent=getattr(nvml.ask("nvmlDeviceGetUtilizationRates", handle), "gpu", None),
+        compute_mode=nvml.ask("nvmlDeviceGetComputeMode", handle),
+        power_watts=nvml.number("nvmlDeviceGetPowerUsage", handle),
+        power_limit_watts=nvml.number("nvmlDeviceGetEnforcedPowerLimit", handle),
+        power_default_watts=nvml.number("nvmlDeviceGetPowerManagementDefaultLimit", handle),
+        power_max_watts=None if limits is None else limits[1] / 1000,
+        clock_mhz=nvml.ask("nvmlDeviceGetClockInfo", handle, 1),  # NVML_CLOCK_SM
+        clock_max_mhz=nvml.ask("nvmlDeviceGetMaxClockInfo", handle, 1),
+        memory_clock_mhz=nvml.ask("nvmlDeviceGetClockInfo", handle, 2),  # NVML_CLOCK_MEM
+        memory_clock_max_mhz=nvml.ask("nvmlDeviceGetMaxClockInfo", handle, 2),
+        clock_reasons=reasons,
+        temperature_celsius=nvml.ask("nvmlDeviceGetTemperature", handle, 0),  # NVML_TEMPERATURE_GPU
+        slowdown_celsius=nvml.ask("nvmlDeviceGetTemperatureThreshold", handle, 1),  # ..._THRESHOLD_SLOWDOWN
+        pcie_generation=nvml.ask("nvmlDeviceGetCurrPcieLinkGeneration", handle),
+        pcie_generation_max=nvml.ask("nvmlDeviceGetMaxPcieLinkGeneration", handle),
+        pcie_width=nvml.ask("nvmlDeviceGetCurrPcieLinkWidth", handle),
+        pcie_width_max=_card_width(nvml, handle, pci, root),
+        ecc=nvml.flag("nvmlDeviceGetEccMode", handle),
+        ecc_uncorrected=nvml.ask("nvmlDeviceGetTotalEccErrors", handle, 1, 0),  # uncorrected, volatile
+        mig=mig,
+        mig_instances=instances,
+        display_active=nvml.flag("nvmlDeviceGetDisplayActive", handle),
+        persistence=nvml.flag("nvmlDeviceGetPersistenceMode", handle),
+    )
+
+
+def _read_memory(nvml: Nvml, handle: Any) -> tuple[int | None, int | None, int | None]:
+    """Total, reserved and free bytes."""
+    memory = nvml.ask("nvmlDeviceGetMemoryInfo", handle, version=getattr(nvml.pynvml, "nvmlMemory_v2", None))
+    if memory is None:  # a driver before 510 knows the first version, without what is reserved
+        memory = nvml.ask("nvmlDeviceGetMemoryInfo", handle)
+    if memory is None:
+        return None, None, None
+    return memory.total, getattr(memory, "reserved", None), memory.free
+
+
+def _read_processes(nvml: Nvml, handle: Any) -> list[Process] | None:
+    computing = nvml.ask("nvmlDeviceGetComputeRunningProcesses", handle)
+    drawing = nvml.ask("nvmlDeviceGetGraphicsRunningProcesses", handle)
+    if computing is None and drawing is None:
+        return None
+    found: dict[int, Process] = {}
+    for process, computes in [(p, False) for p in drawing or []] + [(p, True) for p in computing or []]:
+        twin = found.get(
+            process.pid
+        )  # a program may do both, and then is listed twice with all that it holds
+        sizes = [process.usedGpuMemory, twin.memory_bytes if twin else None]
+        size = max((size for size in sizes if size is not None), default=None)
+        found[process.pid] = Process(process.pid, _process_name(nvml, process.pid), size, computes)
+    return sorted(found.values(), key=lambda process: -(process.memory_bytes or 0))
+
+
+def _process_name(nvml: Nvml, pid: int) -> str | None:
+    """The program's file name: what else is on its command line is nobody's business in a bug report.
+
+    Not from /proc: in a container the same number is another process.
+    """
+    name = nvml.ask("nvmlSystemGetProcessName", pid)
+    name = name.decode(errors="replace") if isinstance(name, bytes) else name
+    return name.split(" -")[0].rsplit("/", 1)[-1].strip() or None if name else None
+
+
+def _read_mig(nvml: Nvml, handle: Any) -> list[MigInstance]:
+    found = []
+    for index in range(nvml.ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+        instance = nvml.ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
+        if instance is not None:
+            name, uuid = nvml.ask("nvmlDeviceGetName", instance), nvml.ask("nvmlDeviceGetUUID", instance)
+            found.append(MigInstance(name, uuid, _read_memory(nvml, instance)[0]))
+    return found
+
+
+def _sysfs(pci: str, root: Path) -> Path:
+    domain, rest = pci.lower().split(":", 1)  # NVML writes the domain with eight digits, the kernel with four
+    return root / "sys/bus/pci/devices" / f"{domain[-4:]}:{rest}"
+
+
+def _card_width(nvml: Nvml, handle: Any, pci: str | None, root: Path) -> int | None:
+    """Lanes of the card. NVML's maximum is of card and slot together; the kernel knows the card's own."""
+    widths = [nvml.ask("nvmlDeviceGetMaxPcieLinkWidth", handle)]
+    kernel = read(_sysfs(pci, root) / "max_link_width").strip() if pci else ""
+    widths.append(int(kernel) if kernel.isdigit() and int(kernel) <= 32 else None)  # 255: not known
+    return max((width for width in widths if width is not None), default=None)
+
+
+def _cards_on_bus(root: Path) -> list[str]:
+    folder = root / "sys/bus/pci/devices"
+    if not folder.is_dir():
+        return []
+    return sorted(
+        device.name
+        for device in folder.iterdir()
+        # 0x0300: VGA, 0x0302: 3D controller
+        if read(device / "vendor").strip() == "0x10de" and read(device / "class").startswith("0x03")
+    )

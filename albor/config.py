@@ -233,11 +233,6 @@ class TrainConfig(Section):
         "none",
         description="What backward computes again rather than keep: nothing, the norms, or the whole block.",
     )
-    attention: Literal["auto", "triton", "cudnn", "flash"] = Field(
-        "auto",
-        description="Attention on a GPU: our own kernel (triton), PyTorch's cudnn or flash, whose backward may "
-        "give other bits each time; auto: the fastest of those that give the same bits, by measured tables.",
-    )
     head_chunk_tokens: Count | None = Field(
         None, description="Tokens whose logits exist at one time; null: 256 on the CPU, 4096 on a GPU."
     )
@@ -246,8 +241,8 @@ class TrainConfig(Section):
     )
     z_loss: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="Weight of logsumexp(logits)^2 in the training loss, which keeps the logits from drifting; "
-        "1e-4 is PaLM's.",
+        description="Weight of logsumexp(logits)^2 in the training loss, which keeps the logits from "
+        "drifting; 1e-4 is PaLM's.",
     )
     max_skipped_steps: Count = Field(
         5,
@@ -366,18 +361,6 @@ def check_algebra(config: RunConfig) -> list[Problem]:
             "optimizer.state_dtype train.precision",
             f"bf16 state needs bf16 weights, and train.precision is {train.precision}",
             "use fp32, or train.precision=bf16",
-        )
-    if config.device == "cpu" and train.attention in ("cudnn", "flash"):
-        refuse(
-            "train.attention device",
-            f"{train.attention} needs a GPU, and device is cpu",
-            "use auto",
-        )
-    if train.attention in ("cudnn", "flash") and data.document_mask:
-        refuse(
-            "train.attention data.document_mask",
-            f"{train.attention} cannot keep documents apart (data.document_mask)",
-            "use triton or auto",
         )
     if data.sequence_length > model.max_position_embeddings:
         refuse(

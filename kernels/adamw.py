@@ -27,8 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from albor.kernels import philox
 from albor.kernels.philox import stochastic_bf16, words
+from albor.kernels.philox_reference import reference
 
 _WARPS = 8
 
@@ -117,8 +117,8 @@ def update(
 
 def rounding_bits(seed: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `update` rounds weights, first and second moments with; int64 (count,), for stochastic_round."""
-    bits = philox.reference(seed, start, count)
-    return bits, bits >> 16, philox.reference(seed, start, count, stream=1)
+    bits = reference(seed, start, count)
+    return bits, bits >> 16, reference(seed, start, count, stream=1)
 
 
 def _check(

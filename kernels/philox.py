@@ -8,20 +8,13 @@ stream, its words from the low to the high one:
     group = index // 4
 
 There is no state: nothing to save, and a slice draws what the whole would have drawn there. `words` and
-`stochastic_bf16` are for kernels; `reference` and `stochastic_round` are the same functions, bit for bit, in
-plain torch.
+`stochastic_bf16` are for kernels; `philox_reference` has the same functions, bit for bit, in plain torch.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-_WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
 
 
 @triton.jit
@@ -45,39 +38,3 @@ def stochastic_bf16(values, bits):
     # infinity.
     rounded = tl.where(values == values, (pattern + (bits & 0xFFFF).to(tl.int32)) >> 16, 0x7FC0)
     return rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
-
-
-def philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Philox4x32-10; the counter is four int64 tensors of one shape, as is the result, that hold uint32."""
-    c0, c1, c2, c3 = counter
-    key0, key1 = key
-    for _ in range(_ROUNDS):
-        # The product of two uint32 wraps around in int64, but its 64 bits are right.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = ((product1 >> 32) & _WORD) ^ c1 ^ key0, product1 & _WORD
-        c2, c3 = ((product0 >> 32) & _WORD) ^ c3 ^ key1, product0 & _WORD
-        key0, key1 = (key0 + _KEY_STEPS[0]) & _WORD, (key1 + _KEY_STEPS[1]) & _WORD
-    return c0, c1, c2, c3
-
-
-def reference(seed: int, start: int, count: int, stream: int = 0) -> torch.Tensor:
-    """The words of indices start .. start + count - 1, as int64 (count,) on the CPU.
-
-    `seed` is an int64 (a negative one counts as its bit pattern), `stream` below 2^32, `start` at least 0.
-    """
-    group = torch.arange(start // 4, (start + count + 3) // 4, dtype=torch.int64)
-    zero = torch.zeros_like(group)
-    drawn = philox((group & _WORD, group >> 32, zero + stream, zero), (seed & _WORD, (seed >> 32) & _WORD))
-    return torch.stack(drawn, -1).view(-1)[start % 4 : start % 4 + count]
-
-
-def stochastic_round(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """`values` fp32 as bf16: up with the probability that the discarded bits are of a whole step, else down.
-
-    Adds the low 16 of `bits` (int64, of the same shape) to the fp32 pattern and drops its low 16. So the
-    expectation is the value (Gupta et al. 2015, arXiv:1502.02551), and what bf16 can hold stays as it is,
-    infinities too. The neighbours of what is beyond the largest finite bf16 are that and infinity. NaN
-    becomes the NaN 0x7FC0.
-    """
-    rounded = (values.view(torch.int32) + (bits & 0xFFFF).to(torch.int32)) >> 16
-    return rounded.masked_fill_(values.isnan(), 0x7FC0).to(torch.int16).view(torch.bfloat16)

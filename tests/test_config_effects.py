@@ -120,7 +120,6 @@ EFFECTS = [
     Effect("train.recompute", "train.recompute=cheap", "plan"),
     Effect("train.recompute", "train.recompute=block", "plan"),
     Effect("train.head_chunk_tokens", "train.head_chunk_tokens=8", "plan"),
-    Effect("train.attention", "train.attention=cudnn", "code", ("device=cpu",)),  # needs a GPU
     Effect("train.label_smoothing", "train.label_smoothing=0.1", "loss weights"),
     Effect("train.z_loss", "train.z_loss=0.01", "loss weights"),
     Effect("train.max_skipped_steps", "train.max_skipped_steps=2", "skipped", ("optimizer.lr=1e30",)),

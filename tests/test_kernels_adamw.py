@@ -10,7 +10,7 @@ import torch
 from kernel_cases import DEVICE, Guarded, assert_close, empty, randn
 
 from albor.kernels import adamw
-from albor.kernels.philox import stochastic_round
+from albor.kernels.philox_reference import stochastic_round
 
 __all__ = ["empty"]
 

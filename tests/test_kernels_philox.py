@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from kernel_cases import DEVICE, Guarded, empty, randn
 
-from albor.kernels import philox
+from albor.kernels import philox_reference as philox
 from albor.kernels.philox import stochastic_bf16, words
 
 __all__ = ["empty"]

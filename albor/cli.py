@@ -294,6 +294,21 @@ def generate(
 
 
 @app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine is, what is wrong with it, and what would make it faster. Changes nothing.
+
+    \b
+    albor doctor
+    albor doctor --json > doctor.json
+
+    Exit code 1: there is a problem. Paste the output into a bug report; it holds no secrets.
+    """
+    from albor.doctor.report import run_doctor
+
+    raise typer.Exit(run_doctor(as_json, _console()))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors that complete and check YAML.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import (
     forward_backward,
     gradient_norm,
@@ -23,6 +24,8 @@ from kernel_cases import DEVICE
 
 from albor.config import RunConfig
 from albor.memory import plan
+from albor.memory.arena import Arena
+from albor.ops import UpdateScalars, make_ops
 from albor.train.step import Trainer, TrainState
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU test_gpu.py runs the kernels themselves")
@@ -80,3 +83,24 @@ def test_training_is_the_torch_paths(accumulator: str):
     np.testing.assert_allclose(train(kernels, 3), train(torch_path, 3), rtol=1e-5)
     ours, theirs = weights_of(kernels), weights_of(torch_path)
     assert {name for name in ours if not relative_error(ours[name], theirs[name]) < 1e-4} == set()
+
+
+def test_rounded_state_is_updated_with_the_same_bits():
+    """Weights and moments in bf16: kernel and torch path draw the same random numbers."""
+    config = make_config(state_dtype="bf16", precision="bf16")
+    results = []
+    for device in ("cpu", "cuda"):
+        operations = make_ops(Arena(plan.plan_training(config, device, "bfloat16", "cpu")))
+        generator = torch.Generator().manual_seed(1)
+        weights, first = (torch.randn(1003, generator=generator).bfloat16() for _ in range(2))
+        gradient = torch.randn(1003, generator=generator)
+        state = (weights, first, first.square())
+        for update in range(1, 4):
+            operations.begin_update(UpdateScalars(1e-3, 0.5, update, seed=77 + update), (0.9, 0.95))
+            operations.adamw(
+                weights, None, gradient, *state[1:],
+                decayed=800, start=5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+            )  # fmt: skip
+        results.append(state)
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

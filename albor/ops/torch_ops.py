@@ -405,7 +405,9 @@ def _adamw_rounded(
     p[: max(0, decayed)] *= 1.0 - lr * weight_decay
     m = m * betas[0] + g * (1 - betas[0])
     v = v * betas[1] + g * g * (1 - betas[1])
-    p = p - (lr / correction1) * m / (v.sqrt() / correction2.sqrt() + eps)
+    # torch.sqrt of fp32 is not rounded correctly on every CPU; from float64 it is.
+    roots, correction = v.double().sqrt().float(), correction2.double().sqrt().float()
+    p = p - (lr / correction1) * m / (roots / correction + eps)
     bits, more_bits = (reference(scalars.seed, start, g.numel(), stream) for stream in range(2))
     weights.copy_(stochastic_round(p, bits))
     first.copy_(stochastic_round(m, bits >> 16))

@@ -1,0 +1,156 @@
+"""What only a GPU can show: bf16 kernels against float64, equal bits with graphs and both accumulators, and a
+step in which the host waits for the device once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    END_OF_DOCUMENT,
+    forward_backward,
+    gradients_of,
+    make_batches,
+    make_config,
+    make_trainer,
+    relative_error,
+    spread_norms,
+)
+
+from albor.architecture import Architecture
+from albor.config import RunConfig
+from albor.memory.arena import Arena
+from albor.memory.plan import plan_training
+from albor.model.parameters import initialise
+from albor.train.step import Trainer, TrainState
+from albor.train.streams import Graphs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "sequence_length": 200,
+    "max_position_embeddings": 256,
+    "micro_batch_size": 3,
+    "gradient_accumulation_steps": 3,
+    "initializer_range": 0.05,
+    "kind": "constant",
+}
+KEYS = {
+    "plain": {},
+    "untied-block": {"tie_word_embeddings": False, "recompute": "block", "head_chunk_tokens": 100},
+    "documents": {"document_mask": True, "recompute": "cheap"},
+    "rounded-state": {"state_dtype": "bf16"},
+}
+
+
+def gpu_trainer(config: RunConfig, accumulator: Any, dtype: str = "bfloat16") -> Trainer:
+    arena = Arena(plan_training(config, "cuda", dtype, accumulator), "cuda")
+    initialise(arena, Architecture.from_config(config.model), config.seed)
+    return Trainer(config, arena, END_OF_DOCUMENT)
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    names = ("weights", "master", "moments.first", "moments.second")
+    return {name: trainer.arena[name].cpu().clone() for name in names if name in trainer.arena}
+
+
+def train(trainer: Trainer, steps: range, state: TrainState | None = None) -> tuple[list[Any], TrainState]:
+    state, seen = state or TrainState(), []
+    for number in steps:
+        result, state = trainer.step(make_batches(trainer.config, seed=number, ignored=0.1), state)
+        seen.append((result.loss, result.grad_norm))
+    return seen, state
+
+
+def assert_same(one: Trainer, other: Trainer) -> None:
+    torch.cuda.synchronize()
+    ours, theirs = state_of(one), state_of(other)
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == set()
+
+
+@pytest.mark.parametrize("accumulator", ["cpu", "gpu"])
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS.keys())
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01), ("float32", 1e-5)])
+def test_gradients_against_float64(keys: dict, accumulator: str, dtype: str, tolerance: float):
+    if "state_dtype" in keys and dtype != "bfloat16":
+        pytest.skip("bf16 state is of bf16 weights")
+    config = make_config(**SHAPE | keys)
+    here, exact = gpu_trainer(config, accumulator, dtype), make_trainer(config, poison=False)
+    for trainer in (here, exact):
+        spread_norms(trainer)
+    batches = make_batches(config, ignored=0.1)
+    losses = [forward_backward(trainer, batches) for trainer in (here, exact)]
+    if isinstance(here.accumulator.squared_norm(), float):  # waits for the sums
+        assert here.accumulator.first is False
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance / 5)
+    ours, theirs = gradients_of(here), gradients_of(exact)
+    errors = {name: relative_error(ours[name].cpu(), theirs[name]) for name in ours}
+    assert {name: error for name, error in errors.items() if not error < tolerance} == {}
+
+
+@pytest.mark.parametrize("accumulator", ["cpu", "gpu"])
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS.keys())
+def test_equal_runs_have_equal_bits_with_graphs_and_without(keys: dict, accumulator: str):
+    config = make_config(**SHAPE | keys)
+    one, other, without = (gpu_trainer(config, accumulator) for _ in range(3))
+    without._graphs = Graphs(None)
+    seen = [train(trainer, range(5))[0] for trainer in (one, other, without)]
+    assert seen[0] == seen[1] == seen[2]
+    assert one._graphs._graphs, "nothing was captured"
+    assert_same(one, other)
+    assert_same(one, without)
+
+
+@pytest.mark.parametrize("accumulator", ["cpu", "gpu"])
+def test_a_resumed_run_has_the_bits_of_a_whole_one(accumulator: str):
+    config = make_config(**SHAPE)
+    whole, first, second = (gpu_trainer(config, accumulator) for _ in range(3))
+    expected, _ = train(whole, range(6))
+    begun, state = train(first, range(3))
+    torch.cuda.synchronize()
+    for name, values in state_of(first).items():
+        second.arena[name].copy_(values)
+    rest, _ = train(second, range(3, 6), state)
+    assert begun + rest == expected
+    assert_same(whole, second)
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("accumulator", ["cpu", "gpu"])
+@pytest.mark.usefixtures("no_synchronisation")
+def test_the_host_waits_for_the_device_once_in_a_step(accumulator: str):
+    """The one wait is for an event, in Trainer._read_results; PyTorch reports every other."""
+    config = make_config(**SHAPE)
+    trainer = gpu_trainer(config, accumulator)
+    _, state = train(trainer, range(3))  # compiles, captures
+    batches = make_batches(config, seed=3)
+    torch.cuda.set_sync_debug_mode("error")
+    trainer.step(batches, state)
+
+
+def test_a_step_allocates_nothing():
+    config = make_config(**SHAPE)
+    trainer = gpu_trainer(config, "cpu")
+    _, state = train(trainer, range(3))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+    trainer.step(make_batches(config, seed=3), state)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocated_bytes.all.allocated"] == before

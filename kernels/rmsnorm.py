@@ -54,7 +54,9 @@ def rmsnorm_forward_kernel(
             tl.store(out_sum + start + column, stored, mask=inside)
             total = stored.to(tl.float32)
         inverse = tl.rsqrt(tl.sum(total * total, 0) / WIDTH + eps)
-        tl.store(out + start + column, _normalized(total, inverse, scale).to(out.dtype.element_ty), mask=inside)
+        tl.store(
+            out + start + column, _normalized(total, inverse, scale).to(out.dtype.element_ty), mask=inside
+        )
     else:
         squares = tl.zeros((BLOCK,), tl.float32)
         for chunk in range(0, WIDTH, BLOCK):
@@ -170,7 +172,7 @@ def rmsnorm_reduce_kernel(
     partials, d_weight, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """d_weight (WIDTH,) = or += the sum of the rows of partials (count, WIDTH). A program per COLUMNS columns."""
+    """d_weight (WIDTH,) = or += the sum of the rows of partials (count, WIDTH); a program per COLUMNS."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < WIDTH
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -255,7 +257,8 @@ def backward(
         tile_rows = max(1, _BACKWARD_BYTES // (block * x.element_size()))
         rmsnorm_backward_kernel[(programs,)](
             d_out, x, rstd, weight, d_x, partials, rows,
-            WIDTH=width, BLOCK=block, ROWS=tile_rows, ADD=add, num_warps=_warps(tile_rows * block, x.element_size()),
+            WIDTH=width, BLOCK=block, ROWS=tile_rows, ADD=add,
+            num_warps=_warps(tile_rows * block, x.element_size()),
         )  # fmt: skip
     else:
         rmsnorm_backward_wide_kernel[(programs,)](

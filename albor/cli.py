@@ -309,6 +309,90 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def bench(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CONFIG]", help="A YAML file whose model and batch are measured.", show_default=False
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="50m, 125m, 350m, 1.3b; 350m-mb4 for a micro-batch of 4. [default: all]"
+        ),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="albor, albor-host, hf, hf-compile, hf-liger, torch-compile, torch-chunked, torch-autotune, "
+            "torch-autocast, litgpt, reference. [default: one of each kind]",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps that are measured, after 10 to warm up.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each system; a second has warm caches.")] = 1,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Start nothing after this time; the same command goes on."),
+    ] = None,
+    calibrate_only: Annotated[
+        bool, typer.Option("--calibrate-only", help="Time GEMMs, attention and copies, and no system.")
+    ] = False,
+    modelled: Annotated[
+        str | None,
+        typer.Option(metavar="CARD", help="Print the floor of a card as it is modelled; measure nothing."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where results are kept.")] = Path("runs/bench"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure training speed and memory beside other trainers, and how near they come to what the card can.
+
+    \b
+    albor bench configs/quickstart.yaml --peers albor,torch-compile
+    albor bench --models 350m,350m-mb4 --time-limit 500
+    albor bench --models 350m --calibrate-only --json
+    albor bench --modelled H100
+
+    Each system runs in a process of its own. A peer that is not installed or fails is reported as such.
+    """
+    import shlex
+
+    from albor.bench.command import (
+        WARMUP_STEPS,
+        find_card,
+        find_cases,
+        find_peers,
+        model_cases,
+        modelled_lines,
+        run_bench,
+    )
+
+    cases = find_cases(config, overrides or [], models, WARMUP_STEPS + steps)
+    if modelled is not None:
+        figures = model_cases(cases, find_card(modelled))
+        print(json.dumps(figures) if as_json else "\n".join(modelled_lines(figures)))
+        return
+    console = _console(stderr=as_json)
+    report = run_bench(
+        cases,
+        find_peers(peers),
+        out,
+        steps=steps,
+        rounds=rounds,
+        time_limit=time_limit,
+        calibrate_only=calibrate_only,
+        command=shlex.join(["albor", *sys.argv[1:]]),
+        say=lambda line: console.out(line, highlight=False),
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print((out / "report.md").read_text(encoding="utf-8"), end="")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors that complete and check YAML.
 

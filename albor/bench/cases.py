@@ -47,11 +47,6 @@ class Case:
         """The model in numbers."""
         return Architecture.from_config(self.config.model)
 
-    @property
-    def rows(self) -> int:
-        """N: tokens of a micro-batch."""
-        return self.config.train.micro_batch_size * self.config.data.sequence_length
-
 
 def find_case(name: str, steps: int) -> Case:
     """A standard case of `steps` steps of 131,072 tokens: `350m`, or with another micro-batch `350m-mb8`.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from albor.bench.cases import Case
-from albor.bench.floor import Calibration, Floor, floor, step_work
+from albor.bench.floor import Calibration, Floor, NotCalibrated, floor, step_work
 from albor.bench.peers import TITLES
 from albor.bench.protocol import OWN, REFERENCE, Options, Run
 from albor.errors import ConfigError
@@ -21,8 +21,10 @@ from albor.memory.plan import head_chunk_tokens
 MFU_FORMULA = "causal: 6 * weights in GEMMs + 6 * layers * heads * head width * length, per token"
 
 
-def case_floor(case: Case, calibration: Calibration, device: str) -> Floor:
-    """The floor of one step of `case`. Raises NotCalibrated."""
+def case_floor(case: Case, calibration: Calibration | None, device: str) -> Floor | None:
+    """The floor of one step of `case`; None where not all of it was measured."""
+    if calibration is None:
+        return None
     train = case.config.train
     work = step_work(
         case.architecture,
@@ -31,7 +33,10 @@ def case_floor(case: Case, calibration: Calibration, device: str) -> Floor:
         train.gradient_accumulation_steps,
         head_chunk_tokens(case.config, device),
     )
-    return floor(work, calibration)
+    try:
+        return floor(work, calibration)
+    except NotCalibrated:
+        return None
 
 
 def build_report(
@@ -83,7 +88,7 @@ def _case(
 ) -> dict[str, Any]:
     config, model = case.config, case.architecture
     flops = model.flops_per_token(config.data.sequence_length)
-    least = case_floor(case, calibration, options.device) if calibration is not None else None
+    least = case_floor(case, calibration, options.device)
     by_peer = {peer: [run for run in runs if run.peer == peer] for peer in options.peers}
     halves = {peer: _halves(of, options.warmup) for peer, of in by_peer.items() if peer != REFERENCE}
     reference = next((run.losses for run in by_peer.get(REFERENCE, []) if run.status == "ok"), None)
@@ -301,6 +306,8 @@ def render_markdown(report: dict[str, Any]) -> str:
         f"- MFU by the formula that is {report['mfu_formula']}",
         *(f"- {name}: {rate / 1e9:,.1f} GB/s" for name, rate in report["links"].items()),
     ]
+    if report.get("calibration_error"):
+        lines += ["", f"**{report['calibration_error']}.**"]
     if not report["complete"]:
         lines += ["", "**Not complete: the same command goes on with what is left.**"]
     for name, case in report["cases"].items():
@@ -326,6 +333,12 @@ def _case_lines(name: str, case: dict[str, Any]) -> list[str]:
             "|---|---|---|---|---|---|---|---|---|---|---|",
             *(_row(peer, row) for peer, row in case["systems"].items() if row["status"] == "ok"),
         ]
+        shares = [row["share_of_floor"] or 0 for row in case["systems"].values() if "share_of_floor" in row]
+        if max(shares, default=0) > 1:
+            lines += [
+                "",
+                "A system was faster than the floor: the machine was slower while it was calibrated.",
+            ]
         failed = [(peer, row) for peer, row in case["systems"].items() if row["status"] != "ok"]
         lines += [""] if failed else []
         lines += [f"- {TITLES[peer]}: {row['status']}: {row['error']}" for peer, row in failed]

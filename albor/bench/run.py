@@ -25,22 +25,41 @@ import albor
 from albor.bench.cases import Case
 from albor.bench.floor import SDPA_BACKENDS, Attention, Calibration
 from albor.bench.machine import Watch, facts
-from albor.bench.protocol import REFERENCE, Options, Run, order
-from albor.bench.report import build_report, render_markdown
+from albor.bench.protocol import OWN, REFERENCE, Options, Run, order
+from albor.bench.report import build_report, case_floor, render_markdown
 
 
 def run_benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """Does what is left of `options`, and returns the report, which also lies in the folder."""
+    """Does what is left of `options`, and returns the report, which also lies in the folder.
+
+    SIGTERM ends it as Ctrl-C does, and with it the process that is running.
+    """
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        return _run_all(options, say)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run_all(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     deadline = time.time() + options.time_limit if options.time_limit is not None else float("inf")
     here = facts(options.device)
     work = options.out / "work"
     work.mkdir(parents=True, exist_ok=True)
     say(f"{here['device']}{'' if here['is_gpu'] else ' (a CPU; no GPU is measured)'}, {options.dtype}")
-    calibration = _calibrate(options, here, deadline, say) if options.calibrate else None
-    finished = calibration is not None or not options.calibrate
+    calibration, failure = _calibrate(options, here, deadline, say) if options.calibrate else (None, None)
+    floors = [case_floor(case, calibration, options.device) for case in options.cases]
+    finished = None not in floors or failure is not None or not options.calibrate
 
     runs: list[Run] = []
-    report = build_report(options, here, calibration, runs, complete=finished)
+
+    def write_report(*, complete: bool) -> dict[str, Any]:
+        report = build_report(options, here, calibration, runs, complete=complete)
+        report["calibration_error"] = failure
+        _replace(options.out / "report.json", json.dumps(report, indent=1) + "\n")
+        _replace(options.out / "report.md", render_markdown(report))
+        return report
+
     for case in options.cases if options.systems else ():
         spec: dict[str, Any] | None = None
         numbers: dict[str, int] = {}
@@ -56,19 +75,18 @@ def run_benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any
                 finished = False
                 continue
             runs.append(run)
-            report = build_report(options, here, calibration, runs, complete=False)
-            _write(options.out, report)
-    report = build_report(options, here, calibration, runs, complete=finished)
-    _write(options.out, report)
+            write_report(complete=False)
     if not finished:
         say("time is up; the same command goes on with what is left")
-    return report
+    return write_report(complete=finished)
 
 
 def _calibrate(
     options: Options, here: dict[str, Any], deadline: float, say: Callable[[str], None]
-) -> Calibration | None:
-    """The calibration of this card for all cases; None where time was up before it was complete."""
+) -> tuple[Calibration | None, str | None]:
+    """The calibration of this card, as far as time allowed; and what went wrong, if anything did. Systems can
+    be measured without it: only the floor is then missing.
+    """
     path = options.out / "calibration.json"
     same = {"device": here["device"], "torch": here["versions"]["torch"], "dtype": options.dtype}
     if path.exists():
@@ -76,8 +94,13 @@ def _calibrate(
         if {"device": found.device, "torch": found.facts["versions"]["torch"], "dtype": found.dtype} != same:
             say(f"{path} is of {found.device}, torch {found.facts['versions']['torch']}: measured anew")
             path.unlink()
+        elif found.facts["code"] != here["code"]:  # what was measured of albor's own attention is of the past
+            for times in found.attention.values():
+                times.pop(OWN, None)
+            found.facts = here
+            found.save(path)
     if time.time() >= deadline:
-        return None
+        return (Calibration.load(path) if path.exists() else None), None
     job = options.out / "work" / "calibrate.json"
     job.write_text(json.dumps({
         "cases": {case.name: case.config.model_dump(mode="json") for case in options.cases},
@@ -93,9 +116,11 @@ def _calibrate(
         except BaseException:
             process.kill()
             raise
-    if process.returncode not in (0, 3):
-        raise RuntimeError(f"the calibration failed with exit code {process.returncode}")
-    return Calibration.load(path) if process.returncode == 0 else None
+    failure = None
+    if process.returncode:
+        failure = f"the calibration ended with exit code {process.returncode}, and is not complete"
+        say(failure)
+    return (Calibration.load(path) if path.exists() else None), failure
 
 
 def sdpa_choice(case: Case, calibration: Calibration) -> str | None:
@@ -203,7 +228,7 @@ def _run(
         run["memory"]["device_peak"] = run["gpu"].pop("device_peak_bytes")
     record = Run(case=case.name, peer=peer, number=number, fingerprint=fingerprint, **run)
     if record.status == "timed out":
-        record.error = f"did not end within {options.run_timeout:.0f} seconds"
+        record.error = f"did not end within {options.run_timeout:g} seconds"
     _replace(path, json.dumps(asdict(record), indent=1) + "\n")
     say(f"  {describe(record, options, case)}")
     return record
@@ -267,11 +292,6 @@ def _load(path: Path, fingerprint: str) -> Run | None:
         return None
     run = Run(**json.loads(path.read_text(encoding="utf-8")))
     return run if run.status == "ok" and run.fingerprint == fingerprint else None
-
-
-def _write(out: Path, report: dict[str, Any]) -> None:
-    _replace(out / "report.json", json.dumps(report, indent=1) + "\n")
-    _replace(out / "report.md", render_markdown(report))
 
 
 def _replace(path: Path, text: str) -> None:

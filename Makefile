@@ -29,8 +29,10 @@ bench: .venv/installed-dev
 aot: .venv/installed-dev
 	$(BIN)/python benchmarks/aot.py
 
+# litgpt asks for an older huggingface-hub than transformers does, and works with the newer one.
 bench-gpu: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13
 	$(BIN)/python benchmarks/gpu.py
 
 clean:

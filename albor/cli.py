@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import traceback
+from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +43,16 @@ Overrides = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")
 ]
+
+
+class Reference(StrEnum):
+    """What `albor canary` compares with."""
+
+    AUTO = "auto"
+    TRANSFORMERS = "transformers"
+    ORACLE = "oracle"
+
+
 RunPath = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", show_default=False),
@@ -158,6 +169,53 @@ def vram_estimate(
     capacity = None if vram is None else _read_capacity(vram)
     run = load_config(config, overrides or [])
     raise typer.Exit(run_estimate(run, gpu, capacity, as_json, _console()))
+
+
+@app.command()
+def canary(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to take and to compare.")] = 20,
+    reference: Annotated[
+        Reference,
+        typer.Option(
+            help="transformers: its LlamaForCausalLM; oracle: the plain model that comes with albor; auto: "
+            "transformers where it is installed.",
+        ),
+    ] = Reference.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Take a run's first steps beside a plain fp32 reference, and say whether they agree.
+
+    \b
+    albor canary configs/quickstart.yaml
+    albor canary configs/quickstart.yaml train.precision=fp32 --steps 5
+    albor canary configs/pretrain-350m.yaml schedule.warmup_steps=0 --json
+
+    For before days of training: same initial weights, data and settings on both
+    sides; loss, gradient norm and every parameter's gradient side by side.
+    Nothing is written but the prepared data.
+
+    The learning rate is the run's own, tiny during a long warm-up; weights move
+    further with schedule.warmup_steps=0. The reference takes the sequences one by
+    one, which saves memory and costs time: train.gradient_accumulation_steps=1
+    makes steps shorter.
+
+    Exit code 1: they do not agree, and the worst parameters are named.
+    """
+    from albor.canary.run import run_canary
+    from albor.configfile import load_config
+    from albor.memory.estimate import plan_for_training
+
+    run = load_config(config, overrides or [])
+    target = plan_for_training(run)
+    console = _console(stderr=as_json)
+    if target.fallback:
+        console.out(target.fallback, highlight=False)
+    outcome = run_canary(run, target, steps, reference.value, console)
+    if as_json:
+        print(json.dumps(outcome.as_json()))
+    raise typer.Exit(0 if outcome.passed else 1)
 
 
 @data_app.command("prepare")

@@ -20,7 +20,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import albor
+from albor.canary.reference import rotate, unpacked  # the oracle's rotary positions and its naming of weights
 from albor.config import RunConfig
 from albor.memory.arena import Arena
 from albor.memory.devices import compute_dtype
@@ -44,9 +44,6 @@ from albor.memory.plan import plan_training
 from albor.model.parameters import initialise, named_tensors
 from albor.train.guard import GuardState
 from albor.train.step import Trainer, TrainState
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from reference import rotate, unpacked  # the oracle's rotary positions and its naming of weights
 
 LR = 1e-3
 CONFIG = RunConfig.model_validate(

@@ -4,32 +4,34 @@
 
     delta = rowsum(dO * O),  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q
 
-Query i attends to keys j with document_start[i] <= j <= i. Query head h reads kv head h // (heads / kv_heads);
-dK and dV are sums over the query heads of their group. Nothing of size length x length is ever stored and no
-key or value is repeated: the forward saves O and the logsumexp of each row of S, from which the backward
-recomputes P.
+Query i attends to keys j with document_start[i] <= j <= i. Query head h reads kv head h // (heads /
+kv_heads), and dK and dV are sums over the query heads of their group. Nothing of size length x length is
+stored and no key or value is repeated: the forward saves O and the logsumexp of each row of S, from which the
+backward recomputes P. Scores, softmax and accumulators are fp32; P and dS are rounded to the compute dtype
+for the product that follows, and each output once, at its store.
 
 **Determinism.** There are no atomics: each output element belongs to one program that adds in a fixed order.
-Hence the backward takes two passes and 7 matrix products instead of 5, because S and dO V^T are computed for dQ
-(by query block) and again for dK and dV (by key block). A single pass in a fixed order would need one program to
-own all of a sequence's dQ for a head and to read and write it in fp32 for every key block. At length 1024,
-head_dim 64 and 128x128 blocks that is 64 KiB through L2 for 10 MFLOP, as long as the five products themselves
-take on an H100, and only batch * kv_heads programs could run (dK and dV sum over the group): 16 for a
-micro-batch of 4 on 132 SMs. Two passes have no such traffic and a program per block.
+Hence the backward takes two passes and 7 matrix products instead of 5, because S and dO V^T are computed for
+dQ (by query block) and again for dK and dV (by key block). A single pass in a fixed order would need one
+program to own all of a sequence's dQ for a head, and to read and write it in fp32 for every key block. At
+head_dim 64 that is 64 KiB through L2 for the 10 MFLOP of two 128-blocks, about as long on an H100 as the
+products themselves take at its peak; and only batch * kv_heads programs could run (dK and dV sum over the
+group), 16 for a micro-batch of 4 on 132 multiprocessors. The two passes have neither limit. The pass for dQ
+comes first because it needs O's rows beside dO's anyway, and writes `delta` for the other.
 
-The dQ pass runs first because it has O's rows beside dO's anyway: it writes `delta` for the other.
+**Operands.** The passes over query blocks compute S, the pass over key blocks S^T. So P and dS are always the
+left operand of the product that follows, which takes them from the registers that the last one left them in;
+and no result of a product is ever transposed, which Triton has miscompiled on Hopper (flash-linear-attention
+#640). Key blocks (or query blocks) that need no mask have a loop of their own, before the one for the
+diagonal and for document boundaries; that order is also what lets ptxas keep Hopper's products asynchronous,
+see `attention_backward_kv`.
 
-**Layout of the products.** The passes over query blocks compute S, the pass over key blocks S^T, so that P and
-dS are always the left operand of the next product as they come out of the last one: on tensor cores they go
-from accumulator to operand in registers. Rounding: scores, softmax and accumulators are fp32, P and dS are
-rounded to the compute dtype for the product that follows, each output once at its store.
-
-**Order of programs.** Programs are started by rising index of the first grid axis, then of the second: heads of
-a group are neighbours and share K and V in L2, and the second axis starts with the blocks that have most to do
+**Order of programs.** They start by rising index of the first grid axis, then of the second: the heads of a
+group are neighbours and share K and V in L2, and the second axis begins with the blocks that have most to do
 (the last queries, the first keys), so that short programs fill the end.
 
 Sources: Dao, "FlashAttention-2" (arXiv:2307.08691); Ainslie et al., "GQA" (arXiv:2305.13245); the two-pass
-backward of OpenAI's Triton tutorial 06.
+backward of Triton's tutorial 06. Block sizes were chosen from compiled code, see `blocks`.
 """
 
 from __future__ import annotations
@@ -51,9 +53,10 @@ LOWEST = tl.constexpr(-1e30)
 @triton.jit
 def _load(
     base, start, limit,
-    STRIDE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
+    STRIDE: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows start.. of one head, (ROWS, BLOCK_D); zeros beyond head_dim and, if BOUNDED, from row `limit` on."""
+    """One head of the rows from `start` on; zeros beyond head_dim and, if BOUNDED, beyond row `limit`."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     pointers = base + tl.cast(start, tl.int64) * STRIDE + row[:, None] * STRIDE + column[None, :]
@@ -61,12 +64,11 @@ def _load(
         return tl.load(
             pointers, mask=(start + row < limit)[:, None] & (column < HEAD_DIM)[None, :], other=0.0
         )
-    elif BOUNDED:
+    if BOUNDED:
         return tl.load(pointers, mask=(start + row < limit)[:, None], other=0.0)
-    elif HEAD_DIM < BLOCK_D:
+    if HEAD_DIM < BLOCK_D:
         return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
+    return tl.load(pointers)
 
 
 @triton.jit
@@ -132,7 +134,7 @@ def _forward_step(
     k = _load(k_base, start, length, ROW, KEYS, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
-        # Relative to the block, the columns are constants in the code: fewer registers than positions would take.
+        # Counted from the block's start, columns are constants in the code, and registers are left for more.
         key = tl.arange(0, KEYS)
         allowed = key[None, :] <= (query - start)[:, None]
         if oldest is not None:
@@ -152,8 +154,8 @@ def _forward_step(
 @triton.jit
 def attention_forward(
     qkv, out, lse, document_start, length,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence and query head, query block)."""
     ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -207,7 +209,7 @@ def _backward_q_step(
     v = _load(v_base, start, length, ROW, KEYS, HEAD_DIM, BLOCK_D, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
-        # Relative to the block, the columns are constants in the code: fewer registers than positions would take.
+        # Counted from the block's start, columns are constants in the code, and registers are left for more.
         key = tl.arange(0, KEYS)
         allowed = key[None, :] <= (query - start)[:, None]
         if oldest is not None:
@@ -222,8 +224,8 @@ def _backward_q_step(
 @triton.jit
 def attention_backward_q(
     d_out, qkv, out, lse, d_qkv, delta, document_start, length,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence and query head, query block): dQ, and delta for the other pass."""
     ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -278,7 +280,7 @@ def _backward_kv_step(
     query = start + tl.arange(0, QUERIES)
     q = _load(q_base, start, length, ROW, QUERIES, HEAD_DIM, BLOCK_D, MASKED)
     d_out = _load(d_out_base, start, length, OUT_ROW, QUERIES, HEAD_DIM, BLOCK_D, MASKED)
-    # Clamped rather than masked: a mask of theirs would be kept in registers for as long as they are on their way.
+    # Clamped rather than masked: a mask would take registers for as long as the loads are on their way.
     row = query
     if MASKED:
         row = tl.minimum(query, length - 1)
@@ -301,8 +303,8 @@ def _backward_kv_step(
 @triton.jit
 def attention_backward_kv(
     d_out, qkv, lse, d_qkv, delta, document_end, length,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program per (sequence and kv head, key block): dK and dV, over the query heads of the group."""
     ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -330,7 +332,9 @@ def attention_backward_kv(
     v = _load(qkv + v_offset, first, length, ROW, KEYS, HEAD_DIM, BLOCK_D, True)
     dk = tl.zeros((KEYS, BLOCK_D), tl.float32)
     dv = tl.zeros((KEYS, BLOCK_D), tl.float32)
-    # Blocks and heads in one loop: the loads of a head's first block overlap the products of the last head.
+    # Blocks and heads in one loop: the loads of the next head overlap the products of the last. The masked
+    # loop comes second, and dV before dP in a step, because ptxas otherwise runs all products one by one
+    # (sm_90, its warning C7515).
     for index in range((full_end - full_start) // QUERIES * GROUP):
         start = tl.multiple_of(full_start + index // GROUP * QUERIES, QUERIES)
         member = index % GROUP
@@ -362,31 +366,52 @@ class Blocks:
     registers: int | None = None  # of a thread at most, where this makes room for another program on an SM
 
 
-# (kernel, width, family): see `blocks`.
+# By the instructions that multiply: mma.sync takes operands from registers, wgmma also from shared memory,
+# and tcgen05 keeps accumulators in tensor memory.
 _BLOCKS = {
-    ("forward", 64, "wgmma"): Blocks(128, 64, 8, 3),
-    ("forward", 128, "wgmma"): Blocks(128, 64, 8, 3),
-    ("backward_q", 64, "wgmma"): Blocks(128, 64, 8, 3, 128),
-    ("backward_q", 128, "wgmma"): Blocks(128, 64, 8, 3),
-    ("backward_kv", 64, "wgmma"): Blocks(64, 64, 4, 3),
-    ("backward_kv", 128, "wgmma"): Blocks(32, 64, 4, 3),
-    ("forward", 64, "mma"): Blocks(128, 32, 4, 3),
-    ("forward", 128, "mma"): Blocks(128, 32, 8, 3),
-    ("backward_q", 64, "mma"): Blocks(64, 64, 4, 3),
-    ("backward_q", 128, "mma"): Blocks(64, 32, 4, 3),
-    ("backward_kv", 64, "mma"): Blocks(32, 128, 4, 3),
-    ("backward_kv", 128, "mma"): Blocks(32, 32, 4, 3),
+    "mma": {
+        ("forward", 64): Blocks(128, 32, 4, 3),
+        ("forward", 128): Blocks(128, 32, 8, 3),
+        ("backward_q", 64): Blocks(64, 64, 4, 3),
+        ("backward_q", 128): Blocks(128, 32, 8, 3),
+        ("backward_kv", 64): Blocks(32, 128, 4, 3),
+        ("backward_kv", 128): Blocks(32, 128, 8, 3),
+    },
+    "wgmma": {
+        ("forward", 64): Blocks(128, 64, 8, 3),
+        ("forward", 128): Blocks(128, 64, 8, 3),
+        ("backward_q", 64): Blocks(128, 64, 8, 3, registers=128),
+        ("backward_q", 128): Blocks(128, 64, 8, 3),
+        ("backward_kv", 64): Blocks(64, 64, 4, 3),
+        ("backward_kv", 128): Blocks(32, 64, 4, 3),
+    },
+    "tcgen05": {
+        ("forward", 64): Blocks(128, 64, 4, 3),
+        ("forward", 128): Blocks(128, 64, 8, 3),
+        ("backward_q", 64): Blocks(128, 64, 8, 3),
+        ("backward_q", 128): Blocks(128, 64, 8, 3),
+        ("backward_kv", 64): Blocks(64, 128, 8, 3),
+        ("backward_kv", 128): Blocks(64, 128, 8, 3),
+    },
 }
 
 
 def blocks(kernel: str, head_dim: int, dtype: torch.dtype, target: Target) -> Blocks:
-    """The blocks of "forward", "backward_q" or "backward_kv"."""
+    """The blocks of "forward", "backward_q" or "backward_kv".
+
+    Chosen from code compiled for every target, and never timed. In this order: nothing spills; shared memory
+    fits; a multiprocessor holds 8 warps or more, rather in two programs than in one (while one waits at a
+    barrier the other multiplies); each byte from L2 serves 128 queries or 64 keys, so that L2 keeps up with
+    the tensor cores; and with mma.sync, for which every warp reads the whole right operand from shared
+    memory, a warp has 32 rows where the registers allow it. Widths up to 64 take 64's. At 129 to 256 and in
+    fp32, which tensor cores do not multiply exactly, they are meant to work everywhere and not to be fast.
+    """
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1)
-    width = min(max(64, triton.next_power_of_2(head_dim)), 256)
-    if width == 256:
-        return Blocks(32, 32, 4, 1)
-    return _BLOCKS[kernel, width, "wgmma" if target.capability == 90 else "mma"]
+        return Blocks(32, 32, 8, 1) if head_dim <= 64 else Blocks(16, 16, 8, 1)
+    if head_dim > 128:
+        return Blocks(64 if kernel == "forward" else 32, 32, 8, 2)
+    family = {9: "wgmma", 10: "tcgen05"}.get(target.capability // 10, "mma")
+    return _BLOCKS[family][kernel, 64 if head_dim <= 64 else 128]
 
 
 def forward(
@@ -401,13 +426,13 @@ def forward(
     """Writes `out` and `lse`.
 
     Args:
-        qkv: (N, (heads + 2 * kv_heads) * head_dim), contiguous: in each row the query heads, the key heads and
-            the value heads, rotated. N = batch * length.
+        qkv: (N, (heads + 2 * kv_heads) * head_dim), contiguous: in each row the query heads, the key heads,
+            both rotated, and the value heads. N = batch * length.
         out: (N, heads * head_dim), in the dtype of `qkv`.
-        lse: (batch, heads, length) fp32, the natural logarithm of the sum of exp(scaled score) over a row's keys.
+        lse: (batch, heads, length) fp32, the natural logarithm of the sum of exp(score) over a query's keys.
         length: tokens of a sequence.
-        document_start: (N,) int32, the position within its sequence at which a token's document starts; None: a
-            sequence is one document.
+        document_start: (N,) int32, the position within its sequence at which a token's document starts; None:
+            a sequence is one document.
     """
     batch, heads, _ = lse.shape
     choice = blocks("forward", head_dim, qkv.dtype, target_of(qkv))

@@ -1,4 +1,4 @@
-"""What a launcher needs to know of the device it launches on: block sizes are a function of it and of shapes."""
+"""What a launcher needs to know of its device: block sizes are a function of that and of shapes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _cuda_target(index: int) -> Target:
 
 @contextmanager
 def assume(target: Target) -> Iterator[None]:
-    """Within it every launcher chooses for `target`: so kernels can be compiled for a card that is not here."""
+    """Within it every launcher chooses for `target`: kernels can be compiled for a card that is not here."""
     global _assumed
     before, _assumed = _assumed, target
     try:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import Reference, unpacked
 
 from albor.architecture import IGNORED_TARGET, Architecture
+from albor.canary.reference import Reference, unpacked
 from albor.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from albor.memory.arena import Arena
 from albor.memory.plan import MemoryPlan, plan_training

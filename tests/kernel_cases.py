@@ -1,7 +1,7 @@
 """What every kernel test needs: outputs that start as NaN between canaries, and the device to run on.
 
-Without a GPU the kernels run in Triton's interpreter (conftest says so before Triton is imported), in fp32: on
-bf16 operands the interpreter computes wrongly.
+Without a GPU the kernels run in Triton's interpreter (conftest says so before Triton is imported), in fp32:
+on bf16 operands the interpreter computes wrongly.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import Reference, unpacked
 from torch.nn import functional as F
 
 from albor.architecture import Architecture
+from albor.canary.reference import Reference, unpacked
 from albor.config import RunConfig
 from albor.memory.arena import Arena
 from albor.memory.plan import plan_inference, plan_training

@@ -1,4 +1,4 @@
-"""The attention kernels against float64 autograd: grouped heads, odd widths and lengths, document boundaries."""
+"""The attention kernels against float64 autograd: grouped heads, odd widths and lengths, documents."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def documents(*sequences: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run(
-    empty: Guarded,  # noqa: F811
+    empty: Guarded,
     qkv: torch.Tensor,
     d_out: torch.Tensor,
     length: int,
@@ -81,7 +81,7 @@ def run(
 
 
 def check(
-    empty: Guarded,  # noqa: F811
+    empty: Guarded,
     dtype: torch.dtype,
     batch: int,
     length: int,
@@ -132,7 +132,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     ],
 )
 def test_one_document(
-    empty: Guarded,  # noqa: F811
+    empty: Guarded,
     use: Callable[..., None],
     dtype: torch.dtype,
     batch: int,
@@ -159,7 +159,7 @@ def test_one_document(
     ids=["whole", "at block edges", "inside blocks"],
 )
 def test_documents(
-    empty: Guarded,  # noqa: F811
+    empty: Guarded,
     use: Callable[..., None],
     dtype: torch.dtype,
     queries: int,
@@ -173,7 +173,7 @@ def test_documents(
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("head_dim", "document"), [(64, False), (64, True), (128, True)])
 def test_shipped_blocks(
-    empty: Guarded,  # noqa: F811
+    empty: Guarded,
     use: Callable[..., None],
     capability: int,
     head_dim: int,
@@ -186,14 +186,14 @@ def test_shipped_blocks(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_of_this_device(empty: Guarded, dtype: torch.dtype) -> None:  # noqa: F811
+def test_blocks_of_this_device(empty: Guarded, dtype: torch.dtype) -> None:
     check(empty, dtype, 1, 200, 2, 1, 64)
     check(empty, dtype, 1, 70, 2, 2, 6, documents([30, 40]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_documents_do_not_see_each_other(
-    empty: Guarded,  # noqa: F811
+    empty: Guarded,
     use: Callable[..., None],
     dtype: torch.dtype,
 ) -> None:
@@ -213,7 +213,7 @@ def test_documents_do_not_see_each_other(
         first += length
 
 
-def test_large_scores_do_not_overflow(empty: Guarded, use: Callable[..., None]) -> None:  # noqa: F811
+def test_large_scores_do_not_overflow(empty: Guarded, use: Callable[..., None]) -> None:
     """Scores up to hundreds, with rows whose first blocks are wholly masked."""
     use(16, 16)
     qkv = randn(48, 4 * 16, seed=5) * 12
@@ -228,7 +228,7 @@ def test_large_scores_do_not_overflow(empty: Guarded, use: Callable[..., None]) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_again(empty: Guarded, dtype: torch.dtype) -> None:  # noqa: F811
+def test_same_bits_again(empty: Guarded, dtype: torch.dtype) -> None:
     qkv = randn(160, 6 * 16, seed=7, dtype=dtype)
     d_out = randn(160, 4 * 16, seed=8, dtype=dtype)
     first, second = (run(empty, qkv, d_out, 80, 1, 16) for _ in range(2))
@@ -236,7 +236,7 @@ def test_same_bits_again(empty: Guarded, dtype: torch.dtype) -> None:  # noqa: F
         assert torch.equal(one, other)
 
 
-def test_boundaries_come_in_pairs(empty: Guarded) -> None:  # noqa: F811
+def test_boundaries_come_in_pairs(empty: Guarded) -> None:
     tensor, statistics = empty(16, 16), empty(1, 1, 16)
     start, _ = documents([16])
     with pytest.raises(ValueError, match="give both or neither"):

@@ -21,9 +21,9 @@ from helpers import (
     trainer_over,
     weights_of,
 )
-from reference import unpacked
 
 from albor import ops
+from albor.canary.reference import unpacked
 from albor.memory import plan
 from albor.train.step import Trainer, TrainState
 

@@ -22,9 +22,9 @@ from helpers import (
     spread_norms,
     weights_of,
 )
-from reference import unpacked
 
 from albor.architecture import IGNORED_TARGET
+from albor.canary.reference import unpacked
 from albor.config import RunConfig, ScheduleConfig
 from albor.ops import UpdateScalars
 from albor.train.guard import GuardState, judge

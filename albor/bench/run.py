@@ -192,10 +192,12 @@ def _run(
         shutil.rmtree(cache, ignore_errors=True)
     cold = not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
-    # The reference is fp32 and slow, and is only asked for as many losses as are compared.
-    steps = min(spec["steps"], options.steps) if peer == REFERENCE else spec["steps"]
+    if peer == REFERENCE:
+        # It is slow, and only as many losses are compared as steps are measured; and what is fastest in bf16
+        # may not compute fp32 at all.
+        spec = spec | {"steps": min(spec["steps"], options.steps), "attention": None}
     spec_path = path.with_suffix(".spec.json")
-    spec_path.write_text(json.dumps(spec | {"steps": steps}))
+    spec_path.write_text(json.dumps(spec))
     log = path.with_suffix(".log")
     say(f"{case.name}: {peer}, run {number}")
     command = [sys.executable, "-m", "albor.bench.peer", peer, str(spec_path)]
@@ -270,7 +272,11 @@ def _environment() -> dict[str, str]:
     root = str(Path(albor.__file__).resolve().parents[1])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    # Of several cards only the one that is measured: transformers.Trainer would use them all.
+    card = kept.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    order_of_cards = {} if "CUDA_VISIBLE_DEVICES" in kept else {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    here = {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": card, "HF_HUB_OFFLINE": "1"}
+    return kept | order_of_cards | here
 
 
 def _fingerprint(options: Options, case: Case, here: dict[str, Any]) -> str:

@@ -22,12 +22,15 @@ from albor.architecture import Architecture
 from albor.bench.recorder import Recorder
 from albor.bench.workload import Spec, Tokens, packed_weights
 
+_REFERENCE_BATCH = 4  # sequences that the reference takes at a time
+
 
 class PlainBlock(nn.Module):
     """One transformer block."""
 
-    def __init__(self, model: Architecture):
+    def __init__(self, model: Architecture, *, expand: bool):
         super().__init__()
+        self.expand = expand
         width, ffn = model.hidden_size, model.intermediate_size
         self.heads, self.kv_heads = model.num_attention_heads, model.num_key_value_heads
         self.head_dim, self.eps = model.head_dim, model.rms_norm_eps
@@ -48,8 +51,11 @@ class PlainBlock(nn.Module):
         # Wide cos and sin promote the product; the compiler fuses the casts into the one kernel.
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
         query, key = rotated.split([self.heads, self.kv_heads], dim=1)
+        if self.expand:
+            group = self.heads // self.kv_heads
+            key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
         mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=self.heads != self.kv_heads
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
         )
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
         normed = F.rms_norm(x, (width,), self.mlp_norm, self.eps)
@@ -58,16 +64,20 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """The model with its loss. With `head_chunk`, logits exist for that many tokens at a time."""
+    """The model with its loss. With `head_chunk`, logits exist for that many tokens at a time. With `expand`,
+    keys and values are repeated for each query head, without which no fused attention computes in fp32.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def __init__(self, model: Architecture, length: int, head_chunk: int | None = None):
+    def __init__(
+        self, model: Architecture, length: int, head_chunk: int | None = None, *, expand: bool = False
+    ):
         super().__init__()
         self.eps, self.head_chunk = model.rms_norm_eps, head_chunk
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.blocks = nn.ModuleList(PlainBlock(model) for _ in range(model.num_hidden_layers))
+        self.blocks = nn.ModuleList(PlainBlock(model, expand=expand) for _ in range(model.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(model.hidden_size))
         self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
         if model.tie_word_embeddings:
@@ -166,7 +176,7 @@ def train(
     architecture, device = Architecture.from_config(spec.config.model), torch.device(spec.device)
     dtype = torch.float32 if reference else getattr(torch, spec.dtype)
     torch.set_float32_matmul_precision("highest")  # the reference is fp32, not TF32
-    model = PlainModel(architecture, spec.config.data.sequence_length, head_chunk)
+    model = PlainModel(architecture, spec.config.data.sequence_length, head_chunk, expand=reference)
     model.load(spec.weights, architecture)
     model.to(device)
     masters: list[torch.Tensor] = []
@@ -190,10 +200,16 @@ def train(
     for step in range(spec.steps):
         for micro_step in range(tokens.micro_steps):
             batch = [load(side) for side in tokens.batch(step, micro_step)]
-            with torch.autocast(device.type, dtype) if autocast else nullcontext():
-                loss = forward(*batch) / tokens.micro_steps
-            loss.backward()
-            recorder.add_loss(loss)
+            # In fp32 a micro-batch may not fit where it does in bf16; the mean is the same in parts.
+            parts = zip(
+                *(side.split(_REFERENCE_BATCH if reference else len(side)) for side in batch), strict=True
+            )
+            for part in parts:
+                share = len(part[0]) / len(batch[0]) / tokens.micro_steps
+                with torch.autocast(device.type, dtype) if autocast else nullcontext():
+                    loss = forward(*part) * share
+                loss.backward()
+                recorder.add_loss(loss)
             if masters:
                 _collect(masters, parameters, first=micro_step == 0)
         clip(updated, spec.config.optimizer.grad_clip)

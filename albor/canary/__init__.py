@@ -1,0 +1,1 @@
+"""A run's first steps beside a plain reference: `albor canary`."""

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from albor.cli import app  # noqa: E402  (a checkout need not be installed)
+from albor.cli import main as albor  # noqa: E402  (a checkout need not be installed)
 
 
 def main() -> None:
@@ -28,8 +28,17 @@ def main() -> None:
         out = Path(arguments[arguments.index("--out") + 1])
     else:
         arguments = [*arguments, "--out", str(out)]
-    app(["bench", *arguments], standalone_mode=False)
+    sys.argv = ["albor", "bench", *arguments]
+    try:
+        albor()
+    except SystemExit as end:
+        if end.code:
+            raise
+    if {"--modelled", "--help", "-h"} & set(arguments):
+        return
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    if not report["machine"]["is_gpu"]:
+        sys.exit("benchmarks/gpu.py: this was a CPU; nothing is put under benchmarks/results")
     card = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
     for kind in ("json", "md"):
         target = ROOT / "benchmarks" / "results" / f"gpu-{card}.{kind}"

@@ -397,6 +397,9 @@ def test_a_ratio_within_the_spread_is_not_claimed():
     wide = [9.0, 9.0, 1.0, 1.0, 1.2, 1.2]  # albor's second half is slower than the peer
     row = report_of([a_run("albor", wide), a_run("torch-compile", slow)])["cases"]["tiny"]["systems"]
     assert row["torch-compile"]["claim"] == "not apart"
+    wide = [9.0, 9.0, 1.3, 1.3, 0.9, 0.9]  # the peer's second half is faster than albor
+    row = report_of([a_run("albor", fast), a_run("torch-compile", wide)])["cases"]["tiny"]["systems"]
+    assert row["torch-compile"]["claim"] == "not apart"
     row = report_of([a_run("albor", slow), a_run("torch-compile", fast)])["cases"]["tiny"]["systems"]
     assert row["torch-compile"]["claim"] == "slower"
 

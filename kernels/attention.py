@@ -370,12 +370,12 @@ class Blocks:
 # and tcgen05 keeps accumulators in tensor memory.
 _BLOCKS = {
     "mma": {
-        ("forward", 64): Blocks(128, 32, 4, 3),
+        ("forward", 64): Blocks(128, 32, 8, 3),
         ("forward", 128): Blocks(128, 32, 8, 3),
         ("backward_q", 64): Blocks(64, 64, 4, 3),
         ("backward_q", 128): Blocks(128, 32, 8, 3),
-        ("backward_kv", 64): Blocks(32, 128, 4, 3),
-        ("backward_kv", 128): Blocks(32, 128, 8, 3),
+        ("backward_kv", 64): Blocks(32, 64, 4, 3),
+        ("backward_kv", 128): Blocks(32, 64, 8, 3),
     },
     "wgmma": {
         ("forward", 64): Blocks(128, 64, 8, 3),
@@ -399,12 +399,12 @@ _BLOCKS = {
 def blocks(kernel: str, head_dim: int, dtype: torch.dtype, target: Target) -> Blocks:
     """The blocks of "forward", "backward_q" or "backward_kv".
 
-    Chosen from code compiled for every target, and never timed. In this order: nothing spills; shared memory
-    fits; a multiprocessor holds 8 warps or more, rather in two programs than in one (while one waits at a
-    barrier the other multiplies); each byte from L2 serves 128 queries or 64 keys, so that L2 keeps up with
-    the tensor cores; and with mma.sync, for which every warp reads the whole right operand from shared
-    memory, a warp has 32 rows where the registers allow it. Widths up to 64 take 64's. At 129 to 256 and in
-    fp32, which tensor cores do not multiply exactly, they are meant to work everywhere and not to be fast.
+    Chosen from code compiled for every target, and never timed. In this order: nothing spills, with registers
+    to spare where there is a choice (another ptxas takes a few more or less); shared memory fits; a
+    multiprocessor holds 8 warps or more, rather in two programs than in one (while one waits at a barrier the
+    other multiplies); each byte from L2 serves 128 queries or 64 keys, so that L2 keeps up with the tensor
+    cores. Widths up to 64 take 64's. At 129 to 256 and in fp32, which tensor cores do not multiply exactly,
+    they are meant to work everywhere and not to be fast.
     """
     if dtype == torch.float32:
         return Blocks(32, 32, 8, 1) if head_dim <= 64 else Blocks(16, 16, 8, 1)

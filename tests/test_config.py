@@ -61,6 +61,7 @@ def messages(path: Path, *overrides: str) -> list[str]:
         ("pretrain-50m", 62_403_072, 32_768),
         ("pretrain-125m", 163_603_200, 122_880),
         ("pretrain-350m", 398_509_056, 131_072),
+        ("pretrain-1.3b", 1_224_837_120, 131_072),
     ],
 )
 def test_shipped_config_has_the_published_size(name: str, parameters: int, tokens_per_step: int) -> None:
@@ -78,7 +79,8 @@ def test_shipped_config_has_the_published_size(name: str, parameters: int, token
 
 
 def test_every_shipped_config_is_tested() -> None:
-    assert {path.stem for path in SHIPPED} >= {"quickstart", "pretrain-50m", "pretrain-125m", "pretrain-350m"}
+    sizes = {"pretrain-50m", "pretrain-125m", "pretrain-350m", "pretrain-1.3b"}
+    assert {path.stem for path in SHIPPED} >= {"quickstart", *sizes}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -251,7 +251,7 @@ def test_the_sizes_in_the_readme_are_what_the_plan_says(monkeypatch: pytest.Monk
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(configs/\S+)` \| ([\d,]+) \|.*\| ([\d,]+) bytes \|$", text, re.MULTILINE)
-    assert len(rows) == 3
+    assert len(rows) == 4
     for config, parameters, arena in rows:
         result = CliRunner().invoke(cli.app, ["vram-estimate", config, "--gpu", "RTX 4090", "--json"])
         plan = json.loads(result.output)

@@ -22,7 +22,7 @@ from albor.memory.estimate import estimate
 from albor.memory.plan import DTYPE_BYTES, MemoryPlan, plan_inference, plan_training
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHIPPED = ("quickstart", "pretrain-50m", "pretrain-125m", "pretrain-350m")
+SHIPPED = ("quickstart", "pretrain-50m", "pretrain-125m", "pretrain-350m", "pretrain-1.3b")
 PLACES = ("device", "pinned", "host")
 
 
@@ -107,6 +107,7 @@ def test_shipped_plans_waste_nothing(name: str) -> None:
         ("pretrain-50m", 62_403_072),
         ("pretrain-125m", 163_603_200),
         ("pretrain-350m", 398_509_056),
+        ("pretrain-1.3b", 1_224_837_120),
     ],
 )
 def test_shipped_parameter_counts(name: str, parameters: int) -> None:
@@ -120,6 +121,13 @@ def test_350m_plans_at_most_10_gb() -> None:
     plan = plan_training(config, "cuda", "bfloat16")
     assert plan.size("device") <= 10_000_000_000
     assert plan.size("device") + sum(outside(plan, find_gpu("RTX 4090")).values()) <= 10 * 2**30
+
+
+def test_1_3b_fits_a_4090_without_masters_only() -> None:
+    config = load_config(CONFIGS / "pretrain-1.3b.yaml")
+    assert estimate(config, "RTX 4090").fits is True
+    with_masters = load_config(CONFIGS / "pretrain-1.3b.yaml", ["optimizer.state_dtype=fp32"])
+    assert estimate(with_masters, "RTX 4090").fits is False
 
 
 def test_350m_with_long_sequences_fits_a_4090() -> None:

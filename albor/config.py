@@ -185,8 +185,8 @@ class OptimizerConfig(Section):
     state_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="fp32: master weights and moments in fp32, 14 bytes per parameter with the weights; "
-        "bf16: no master weights, moments in bf16, stochastic rounding: 6 bytes per parameter, a little more noise "
-        "in each update. Needs train.precision bf16.",
+        "bf16: no master weights, moments in bf16, stochastic rounding: 6 bytes per parameter, a little more "
+        "noise in each update. Needs train.precision bf16.",
     )
 
 

@@ -20,7 +20,6 @@ of programs leave resident. It is computed, not measured, and says nothing about
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -33,8 +32,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 import triton
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
@@ -42,13 +39,11 @@ from triton.runtime.jit import JITFunction
 from albor.bench.cases import STANDARD, find_case
 from albor.config import RunConfig
 from albor.configfile import load_config
-from albor.kernels.launches import Grid, Launch, compile_launch, for_capability, record
+from albor.kernels.launches import Grid, Launch, compile_launch, for_capability
 from albor.kernels.target import Target
-from albor.memory.arena import Arena
 from albor.memory.devices import compute_dtype
 from albor.memory.plan import plan_training
-from albor.model.decode import Decoder
-from albor.train.step import Accumulated, Trainer, TrainState
+from albor.train.rehearsal import record_run
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/kernels-aot.json"
@@ -101,23 +96,6 @@ TENSOR_INSTRUCTION = re.compile(r"\s(HMMA|HGMMA|UTCHMMA)\.?[\w.]*")
 DOT = re.compile(r"= tt\.dot (?P<options>.*) : tensor<[\dx]+x(?P<dtype>\w+)> \*")
 
 
-class Rehearsal(Trainer):
-    """A trainer over an arena without memory, where a step can be launched but comes to nothing."""
-
-    def rehearse(self) -> None:
-        """Launches a step's first micro-batch, another one, the gradient norm and the update."""
-        train = self.config.train
-        tokens = np.zeros((train.micro_batch_size, self.config.data.sequence_length), np.int64)
-        self.accumulator.begin(3)  # of which the last, whose sums host memory would add up, does not come
-        for _ in range(2):
-            self.input.load(tokens, tokens)
-            self._micro_batch()
-            self.accumulator.end_micro_batch()
-        if self.arena.plan.accumulator == "gpu":
-            self.accumulator.squared_norm()
-        self.update(Accumulated(loss=1.0, grad_norm=1.0, gradient_scale=1.0, target_tokens=1), TrainState())
-
-
 def read_configs(given: list[str]) -> dict[str, RunConfig]:
     """By name what is `given`, after the overrides among it: files, names of VARIANTS, the benchmark's cases.
     Without any, all of these.
@@ -136,22 +114,14 @@ def _read(item: str, overrides: list[str]) -> RunConfig:
     return load_config(Path(item), overrides)
 
 
-def record_run(config: RunConfig, capability: int) -> dict[Launch, set[Grid]]:
-    """What a run of `config` launches: training with gradients summed on the device or in host memory,
-    evaluation, and generation.
-    """
+def record_config(config: RunConfig, capability: int) -> dict[Launch, set[Grid]]:
+    """What a run of `config` launches, with gradients summed on the device or in host memory."""
     dtype = compute_dtype(config.train.precision, "cuda")
-    with record(capability) as launches:
-        for place in PLACES[config.train.accumulator]:
-            arena = Arena(plan_training(config, "cuda", dtype, place), "meta")
-            trainer = Rehearsal(config, arena, end_of_document=0)
-            trainer.rehearse()
-        trainer.model.losses(arena["io.tokens"], arena["io.targets"], arena["io.losses"])
-        if config.evaluate.prompts:
-            decoder = Decoder(trainer.model, arena)
-            # Position and number of tokens are specialised on: 1, multiples of 16, others.
-            for decoder.length, count in itertools.product((0, 1, 2, 16), (1, 2, 16)):
-                decoder.feed(torch.zeros(count, dtype=torch.int64))
+    launches: dict[Launch, set[Grid]] = {}
+    for place in PLACES[config.train.accumulator]:
+        found = record_run(config, plan_training(config, "cuda", dtype, place), capability)
+        for launch, grids in found.items():
+            launches.setdefault(launch, set()).update(grids)
     return launches
 
 
@@ -296,7 +266,7 @@ def record_all(configs: dict[str, RunConfig], capability: int) -> list[Entry]:
     """Everything that `configs` launch on a card of `capability`, not compiled yet."""
     found: dict[Launch, Entry] = {}
     for name, config in configs.items():
-        for launch, grids in record_run(config, capability).items():
+        for launch, grids in record_config(config, capability).items():
             item = found.setdefault(launch, Entry(launch, set(), []))
             item.grids.update(grids)
             item.configs.append(name)

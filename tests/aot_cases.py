@@ -16,8 +16,10 @@ import triton.language as tl
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from albor.errors import AlborError
 from albor.kernels.launches import for_capability, precompile, record
 from albor.kernels.target import target_of
+from albor.train import rehearsal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import aot
@@ -170,6 +172,26 @@ def on_gpu() -> dict[str, Any] | None:
     return {"compiled": found, "right": bool((out == x + 1).all())}
 
 
+def before_the_first_step() -> dict[str, Any]:
+    """What `albor train` does on CUDA, with other kernels: what it says, and how it fails."""
+    x = meta(torch.bfloat16)
+    with record(90) as good:
+        add_one[(4,)](x[:512], x[512:], 512, 1, None, BLOCK=128)
+    with record(90) as broken:
+        multiply[(1,)](x, meta(torch.float32), x, 64, M=16, N=16, BLOCK=16)
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    said: list[str] = []
+    with for_capability(90):
+        rehearsal.record_run = lambda *_: good
+        rehearsal.compile_kernels(None, None, said.append)
+        rehearsal.record_run = lambda *_: broken
+        try:
+            rehearsal.compile_kernels(None, None, said.append)
+        except AlborError as error:
+            return {"said": said, "error": str(error)}
+    raise AssertionError("a kernel that does not compile went unnoticed")
+
+
 if __name__ == "__main__":
-    cases = (launches, restored, compilations, verdicts, on_gpu)
+    cases = (launches, restored, compilations, verdicts, on_gpu, before_the_first_step)
     print(json.dumps({case.__name__: case() for case in cases}))

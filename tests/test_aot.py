@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,14 @@ def test_a_launch_finds_what_was_precompiled(cases: dict[str, Any]) -> None:
     assert found["new process"] == [True, True]  # on disk
     assert found["other alignment"] == [False]
     assert found["other card"] == [False]
+
+
+def test_a_run_compiles_before_its_first_step(cases: dict[str, Any]) -> None:
+    (said,) = cases["before_the_first_step"]["said"]
+    assert re.fullmatch(r"1 kernels ready after \d+\.\d s", said)
+    error = cases["before_the_first_step"]["error"]
+    assert error.startswith("the kernels do not compile: ")
+    assert error.endswith("albor doctor shows what is missing")
 
 
 @pytest.mark.gpu

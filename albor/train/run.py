@@ -85,6 +85,10 @@ def run_training(
         raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
     with claim(directory):
         source = find_checkpoint(config, resume, say)
+        if device == "cuda":  # before minutes go into data: without a C compiler this fails
+            from albor.train.rehearsal import compile_kernels  # imports Triton
+
+            compile_kernels(config, plan, say)
         with show_progress(console) as progress:
             data = prepare(config, progress)
         for report in data.reports:

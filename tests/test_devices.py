@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,7 +84,7 @@ def test_cpu_computes_bf16_where_it_can(
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\nbugs\t\t:\n")
-    known = devices._cpu_has_bf16(cpuinfo)
+    known = devices.has_bf16_instructions(cpuinfo)
     monkeypatch.setattr(devices, "_cpu_has_bf16", lambda: known)
     assert compute_dtype("bf16", "cpu") == dtype
     assert devices.falls_back("bf16", dtype) == (dtype == "float32")
@@ -96,91 +98,265 @@ def test_dtypes() -> None:
         compute_dtype("fp16", "cpu")
 
 
+class _NVMLError(Exception):
+    def __init__(self, value: int):
+        super().__init__(value)
+        self.value = value
+
+
+_NO_PERMISSION, _NOT_SUPPORTED, _NOT_FOUND, _LOST = 4, 3, 6, 15
+
+
+@dataclass(frozen=True)
+class _Card:
+    """A card, or an instance of one; its own handle."""
+
+    uuid: str
+    name: str = "NVIDIA GeForce RTX 4090"
+    capability: tuple[int, int] = (8, 9)
+    free: int | None = 20000  # MiB; None: shares the host's memory
+    total: int = 24564
+    slots: tuple[_Card | None, ...] | None = None  # None: cannot be sliced
+    ids: tuple[int, int] = (0, 0)  # of the GPU instance and the compute instance
+    failure: int | None = None
+
+
 class _Nvml:
-    """Two cards, as pynvml shows them."""
+    """Cards as pynvml shows them."""
 
-    class NVMLError(Exception):
-        pass
-
+    NVMLError = _NVMLError
+    NVML_ERROR_NO_PERMISSION = _NO_PERMISSION
     nvmlMemory_v2 = 2
-    closed = False
 
-    def __init__(self, *, driver: bool = True, reports_memory: bool = True):
-        self.driver, self.reports_memory = driver, reports_memory
+    def __init__(self, cards: Sequence[_Card], *, driver: int = 580):
+        self.cards, self.driver, self.closed = cards, driver, False
 
     def nvmlInit(self) -> None:
         if not self.driver:
-            raise self.NVMLError("library not found")
+            raise _NVMLError(12)
 
     def nvmlShutdown(self) -> None:
         self.closed = True
 
     def nvmlDeviceGetCount(self) -> int:
-        return 2
+        return len(self.cards)
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> _Card:
+        if failure := self.cards[index].failure:
+            raise _NVMLError(failure)
+        return self.cards[index]
 
-    def nvmlDeviceGetUUID(self, handle: int) -> str:
-        return ("GPU-aaaa-1", "GPU-bbbb-2")[handle]
+    def nvmlDeviceGetMigMode(self, card: _Card) -> list[int]:
+        if card.slots is None:
+            raise _NVMLError(_NOT_SUPPORTED)
+        return [int(card.slots != ()), 1]  # and is on after the next reset
 
-    def nvmlDeviceGetName(self, handle: int) -> str:
-        return ("NVIDIA GeForce RTX 4090", "NVIDIA Thing 1")[handle]
+    def nvmlDeviceGetMaxMigDeviceCount(self, card: _Card) -> int:
+        return len(card.slots or ())
 
-    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> list[int]:
-        return [8, 9]
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, card: _Card, slot: int) -> _Card:
+        instance = (card.slots or ())[slot]
+        if instance is None:
+            raise _NVMLError(_NOT_FOUND)
+        return instance
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int) -> Any:
-        if not self.reports_memory:
-            raise self.NVMLError("not supported")
-        return SimpleNamespace(total=24564 * MIB, reserved=484 * MIB, free=20000 * MIB, used=4080 * MIB)
+    def nvmlDeviceGetGpuInstanceId(self, instance: _Card) -> int:
+        return instance.ids[0]
+
+    def nvmlDeviceGetComputeInstanceId(self, instance: _Card) -> int:
+        return instance.ids[1]
+
+    def nvmlDeviceGetUUID(self, handle: _Card) -> str:
+        return handle.uuid
+
+    def nvmlDeviceGetName(self, handle: _Card) -> str:
+        return handle.name
+
+    def nvmlDeviceGetCudaComputeCapability(self, card: _Card) -> list[int]:
+        assert card in self.cards, "an instance is not asked: not every driver answers"
+        return list(card.capability)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: _Card, version: int | None = None) -> Any:
+        if handle.free is None or (version is not None and self.driver < 510):
+            raise _NVMLError(_NOT_SUPPORTED)
+        known = {"total": handle.total * MIB, "free": handle.free * MIB}
+        return SimpleNamespace(**known, **({} if version is None else {"reserved": 484 * MIB}))
 
 
-def _install(monkeypatch: pytest.MonkeyPatch, visible: str | None = None, **keys: bool) -> _Nvml:
-    nvml = _Nvml(**keys)
+def _install(
+    monkeypatch: pytest.MonkeyPatch,
+    *cards: _Card,
+    visible: str | None = None,
+    order: str | None = None,
+    driver: int = 580,
+) -> _Nvml:
+    nvml = _Nvml(cards, driver=driver)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name, value in {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": order}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     return nvml
 
 
+def _seen(monkeypatch: pytest.MonkeyPatch, *cards: _Card, **environment: str | None) -> list[str]:
+    """The UUIDs of what CUDA's first device may be."""
+    nvml = _install(monkeypatch, *cards, **environment)  # type: ignore[arg-type]
+    return [device.handle.uuid for device in devices.device_zero(nvml)]
+
+
+A, B = _Card("GPU-aaaa-1"), _Card("GPU-bbbb-2", free=10000)
+SLOW = _Card("GPU-cccc-3", "NVIDIA GeForce RTX 3060", (8, 6), 11000, 12288)
+
+
 def test_installed_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = _install(monkeypatch)
-    installed = installed_gpu()
-    assert installed is not None
-    gpu, free = installed
-    assert (gpu.name, gpu.compute_capability) == ("NVIDIA GeForce RTX 4090", (8, 9))
-    assert (gpu.usable_bytes, free) == (24080 * MIB, 20000 * MIB)
-    assert gpu.bf16_peak_flops == 165.2e12
+    nvml = _install(monkeypatch, A, B)
+    monkeypatch.setattr(devices, "host_capacity", lambda: 7 * GIB)
+    hardware = installed_gpu()
+    assert hardware is not None
+    assert hardware.gpu is not None
+    assert (hardware.gpu.name, hardware.gpu.compute_capability) == ("NVIDIA GeForce RTX 4090", (8, 9))
+    assert (hardware.gpu.usable_bytes, hardware.capacity_bytes) == (24080 * MIB, 20000 * MIB)
+    assert hardware.gpu.bf16_peak_flops == 165.2e12
     assert nvml.closed
     hardware = devices.this_machine("auto")
     assert (hardware.device, hardware.capacity_bytes) == ("cuda", 20000 * MIB)
+    assert hardware.host_capacity_bytes == 7 * GIB
     assert "19.53 GiB free of 23.52 GiB" in hardware.description
 
 
 @pytest.mark.parametrize(
-    ("visible", "name"),
-    [("1,0", "Thing"), ("GPU-bbbb", "Thing"), ("GPU-aaaa-1", "4090"), ("", None), ("-1", None), ("7", None)],
+    ("visible", "seen"),
+    [
+        (None, ["GPU-aaaa-1"]),
+        ("1,0", ["GPU-bbbb-2"]),
+        (" 1", ["GPU-bbbb-2"]),
+        ("GPU-bbbb", ["GPU-bbbb-2"]),
+        ("GPU-aaaa-1", ["GPU-aaaa-1"]),
+        ("GPU-aaaa-1,GPU-bbbb-2", ["GPU-aaaa-1"]),
+        ("0,7", ["GPU-aaaa-1"]),  # what comes before an index that is not there
+        ("", []),
+        ("-1", []),
+        ("-1,0", []),
+        ("7", []),
+        ("0,0", []),
+        ("GPU-", []),  # begins two cards
+        ("GPU-zzzz", []),
+        ("MIG-aaaa", []),
+        ("all", []),
+        ("none", []),
+    ],
 )
-def test_visible_devices_are_honoured(
-    monkeypatch: pytest.MonkeyPatch, visible: str, name: str | None
+def test_visible_devices(monkeypatch: pytest.MonkeyPatch, visible: str | None, seen: list[str]) -> None:
+    assert _seen(monkeypatch, A, B, visible=visible) == seen
+    assert (devices.this_machine("auto").device == "cuda") == bool(seen)
+
+
+@pytest.mark.parametrize(
+    ("visible", "order", "seen"),
+    [
+        (None, None, ["GPU-cccc-3", "GPU-aaaa-1"]),
+        ("1", None, ["GPU-cccc-3", "GPU-aaaa-1"]),
+        ("1", "FASTEST_FIRST", ["GPU-cccc-3", "GPU-aaaa-1"]),
+        (None, "PCI_BUS_ID", ["GPU-cccc-3"]),
+        ("1", "PCI_BUS_ID", ["GPU-aaaa-1"]),
+        ("GPU-aaaa", None, ["GPU-aaaa-1"]),  # a UUID says which
+    ],
+)
+def test_an_index_of_different_cards_is_sure_in_the_order_of_the_bus_only(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, order: str | None, seen: list[str]
 ) -> None:
-    _install(monkeypatch, visible)
-    installed = installed_gpu()
-    assert (installed is None) == (name is None)
-    assert installed is None or (name or "") in installed[0].name
+    assert _seen(monkeypatch, SLOW, A, visible=visible, order=order) == seen
+    hardware = devices.this_machine("cuda")
+    if len(seen) == 2:
+        assert hardware.capacity_bytes is hardware.gpu is None
+        assert "RTX 3060 or NVIDIA GeForce RTX 4090, memory unknown: CUDA chooses" in hardware.description
+    else:
+        assert hardware.capacity_bytes == (20000 if seen == ["GPU-aaaa-1"] else 11000) * MIB
 
 
-def test_a_driver_that_knows_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(monkeypatch, reports_memory=False)
+def _instance(uuid: str, size: int, free: int, ids: tuple[int, int] = (0, 0)) -> _Card:
+    return _Card(uuid, "NVIDIA H100 80GB HBM3", (9, 0), free, size, ids=ids)
+
+
+def _h100(*slots: _Card | None, uuid: str = "GPU-h100") -> _Card:
+    return _Card(uuid, "NVIDIA H100 80GB HBM3", (9, 0), 80000, 81559, slots)
+
+
+SMALL, LARGE = _instance("MIG-1111", 9984, 9000, (9, 0)), _instance("MIG-2222", 40448, 40000, (2, 0))
+SMALL_TOO = _instance("MIG-3333", 9984, 9000, (9, 1))
+
+
+@pytest.mark.parametrize(
+    ("cards", "visible", "seen", "free"),
+    [
+        # One instance is there, and CUDA takes that.
+        ([_h100(None, SMALL)], None, ["MIG-1111"], 9000),
+        ([_h100(SMALL)], "0", ["MIG-1111"], 9000),
+        ([_h100(SMALL)], "GPU-h100", ["MIG-1111"], 9000),
+        ([_h100(SMALL)], "1", [], None),
+        # Of several it takes one: their number stands where it is the same.
+        ([_h100(SMALL, LARGE)], None, ["MIG-1111", "MIG-2222"], None),
+        ([_h100(SMALL, LARGE)], "0", ["MIG-1111", "MIG-2222"], None),
+        ([_h100(SMALL, SMALL_TOO)], "0", ["MIG-1111", "MIG-3333"], 9000),
+        # Named.
+        ([_h100(SMALL, LARGE)], "MIG-2222", ["MIG-2222"], 40000),
+        ([_h100(SMALL, LARGE)], "MIG-2", ["MIG-2222"], 40000),
+        ([_h100(SMALL, LARGE)], "MIG-2222,MIG-1111", ["MIG-2222"], 40000),
+        ([_h100(SMALL, LARGE)], "MIG-GPU-h100/2/0", ["MIG-2222"], 40000),
+        ([_h100(SMALL, SMALL_TOO)], "MIG-GPU-h100/9/1", ["MIG-3333"], 9000),
+        ([_h100(SMALL, LARGE)], "MIG-GPU-h100/3/0", [], None),
+        ([_h100(SMALL, LARGE)], "MIG-9", [], None),
+        ([_h100(SMALL, LARGE)], "MIG-", [], None),  # begins two
+        # Beside a whole card an instance comes first, unless the whole card is named.
+        ([A, _h100(SMALL)], None, ["MIG-1111"], 9000),
+        ([A, _h100(SMALL)], "0", ["GPU-aaaa-1", "MIG-1111"], None),
+        ([_h100(SMALL), _h100(uuid="GPU-whole")], "1", ["MIG-1111", "GPU-whole"], None),
+        ([A, _h100(SMALL)], "GPU-aaaa", ["GPU-aaaa-1"], 20000),
+        ([A, _h100(SMALL)], "GPU-aaaa,MIG-1111", ["MIG-1111"], 9000),
+        ([_h100(SMALL), _h100(LARGE, uuid="GPU-other")], "GPU-other", ["MIG-2222"], 40000),
+        # In MIG mode without an instance CUDA sees nothing; not in MIG mode (yet), the card.
+        ([_h100(None)], None, [], None),
+        ([_h100(None)], "0", [], None),
+        ([_h100()], None, ["GPU-h100"], 80000),
+    ],
+)
+def test_mig_instances(
+    monkeypatch: pytest.MonkeyPatch,
+    cards: list[_Card],
+    visible: str | None,
+    seen: list[str],
+    free: int | None,
+) -> None:
+    assert _seen(monkeypatch, *cards, visible=visible) == seen
+    hardware = devices.this_machine("cuda")
+    assert hardware.capacity_bytes == (None if free is None else free * MIB)
+    if hardware.gpu is not None and seen[0].startswith("MIG"):
+        assert hardware.gpu.bf16_peak_flops is None, "an instance does not reach the card's peak"
+
+
+def test_cards_of_others_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a job that was given one card of several: NVML may list those that it keeps from us."""
+    other, lost = _Card("GPU-other", failure=_NO_PERMISSION), _Card("GPU-lost", failure=_LOST)
+    assert _seen(monkeypatch, other, A, visible="0") == ["GPU-aaaa-1"]
+    assert _seen(monkeypatch, other, A, visible="1") == []
+    assert _seen(monkeypatch, A, lost, B, visible="GPU-bbbb") == ["GPU-bbbb-2"]
+    assert list(devices.installed_cards(_Nvml([other, lost, A]))) == [1, 2]
+
+
+def test_drivers_that_know_little_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, _Card("GPU-gb10", "NVIDIA GB10", (12, 1), None))
     hardware = devices.this_machine("cuda")
     assert hardware.capacity_bytes is None
-    assert "memory unknown" in hardware.description
+    assert "memory unknown to the driver" in hardware.description
+    _install(monkeypatch, A, driver=470)
+    hardware = devices.this_machine("cuda")
+    assert hardware.gpu is not None
+    assert (hardware.gpu.usable_bytes, hardware.capacity_bytes) == (24564 * MIB, 20000 * MIB)
 
 
 def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(monkeypatch, driver=False)
+    _install(monkeypatch, A, driver=0)
     assert installed_gpu() is None
     assert devices.this_machine("auto").device == "cpu"
     assert devices.this_machine("cuda").capacity_bytes is None
@@ -248,7 +424,6 @@ def test_outside_on_cuda_ends_in_whole_segments() -> None:
     assert arena > 10 * MIB
     segments = -(-arena // (2 * MIB)) * 2 * MIB + 20 * MIB + 2 * MIB
     assert arena + ada["cuBLAS workspace"] + ada["allocator rounding"] == segments
-
 
 
 def test_accumulator_goes_to_the_device_where_it_fits() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from albor.doctor.checks import NOT_REPORTED, Check, Gain, Section, shown
-from albor.doctor.gpus import Driver, GpuFacts
+from albor.doctor.gpus import Driver, GpuFacts, Part
 from albor.doctor.software import PYPI, TorchBuild, install_torch
 from albor.memory.devices import MIB, format_bytes
 
@@ -97,12 +97,23 @@ def _cards_check(gpus: list[GpuFacts], container: bool) -> Check:
         check, message = Check("cards", "none"), "the driver answers, and has no card"
         return check.found("problem", message, f"{remedy}: runs are on the CPU", gain=Gain.LARGE)
     check = Check("cards", f"{len(gpus)}")
+    if any(gpu.chosen is None for gpu in gpus):
+        message = "which of them a run gets cannot be told, nor what memory is free there"
+        if any(gpu.mig for gpu in gpus):
+            instances = [instance for gpu in gpus for instance in gpu.mig_instances]
+            return _name_one(check, message, [*instances, *(gpu for gpu in gpus if not gpu.mig)])
+        remedy = "let CUDA count the cards in the order of the bus: by default the fastest is first"
+        return check.found("warning", message, remedy, "export CUDA_DEVICE_ORDER=PCI_BUS_ID")
     chosen = next((gpu for gpu in gpus if gpu.chosen), None)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None and visible is None:
+        return check  # the cards say why: lost, or in MIG mode without an instance
     if chosen is None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         message = f"CUDA_VISIBLE_DEVICES={visible!r} begins with none of them"
         remedy = "let CUDA see a card: runs are on the CPU"
         return check.found("problem", message, remedy, "unset CUDA_VISIBLE_DEVICES", Gain.LARGE)
+    if chosen.mig:  # its free memory is not that of the instance
+        return check
     alike = [gpu for gpu in gpus if gpu.name == chosen.name and not gpu.mig]
     freest = max(alike, key=lambda gpu: gpu.memory_free_bytes or 0, default=chosen)
     gained = (freest.memory_free_bytes or 0) - (chosen.memory_free_bytes or 0)
@@ -114,9 +125,17 @@ def _cards_check(gpus: list[GpuFacts], container: bool) -> Check:
     return check.found("note", message, remedy, f"export CUDA_VISIBLE_DEVICES={freest.uuid}", Gain.CLEAR)
 
 
+def _name_one(check: Check, message: str, parts: Sequence[Part]) -> Check:
+    """`check` with the advice to say which of `parts`, which a run may all get, it should get."""
+    freest = max(parts, key=lambda part: part.memory_free_bytes or 0)
+    remedy = "name the one that a run should get by its UUID: here, the one with the most memory free"
+    return check.found("warning", message, remedy, f"export CUDA_VISIBLE_DEVICES={freest.uuid}")
+
+
 def examine_gpu(gpu: GpuFacts, build: TorchBuild | None, *, several: bool) -> Section:
     """The section on one card; where there are several, the one that a run gets is named in its title."""
-    title = f"GPU {gpu.index}: {shown(gpu.name)}{' (runs use this one)' if several and gpu.chosen else ''}"
+    mark = {True: " (runs use this one)", None: " (runs may use this one)", False: ""}[gpu.chosen]
+    title = f"GPU {gpu.index}: {shown(gpu.name)}{mark if several else ''}"
     capability = None if gpu.compute_capability is None else "{}.{}".format(*gpu.compute_capability)
     facts = {**asdict(gpu), "compute_capability": capability, "held_bytes": gpu.held_bytes}
     if gpu.uuid is None and gpu.name is None:
@@ -124,7 +143,7 @@ def examine_gpu(gpu: GpuFacts, build: TorchBuild | None, *, several: bool) -> Se
         remedy = "look for Xid in `sudo dmesg`, and restart the machine: the card cannot be used"
         checks = [Check("state", "no answer").found("problem", message, remedy, gain=Gain.LARGE)]
     else:
-        checks = list(_gpu_checks(gpu, build, idle=several and not gpu.chosen))
+        checks = list(_gpu_checks(gpu, build, idle=several and gpu.chosen is False))
     if several:
         checks = [
             replace(check, remedy=f"GPU {gpu.index}: {check.remedy}") if check.remedy else check
@@ -134,14 +153,20 @@ def examine_gpu(gpu: GpuFacts, build: TorchBuild | None, *, several: bool) -> Se
 
 
 def _gpu_checks(gpu: GpuFacts, build: TorchBuild | None, *, idle: bool) -> Iterator[Check]:
-    """`idle`: no run would use this card, so whoever uses it takes nothing from one."""
+    """`idle`: no run would use this card, so whoever uses it takes nothing from one.
+
+    Of a card in MIG mode a run gets an instance, and loses what others hold of that alone.
+    """
     yield Check("UUID", shown(gpu.uuid))
     yield _capability_check(gpu, build)
     yield _table_check(gpu)
     yield _memory_check(gpu)
     for check in (_held_check(gpu), _busy_check(gpu), _compute_mode_check(gpu)):
-        yield Check(check.name, check.value) if idle else check
+        yield Check(check.name, check.value) if idle or gpu.mig else check
     yield _mig_check(gpu)
+    for instance in gpu.mig_instances:
+        if instance.chosen:
+            yield replace(_held_check(instance), name="MIG held by")
     yield _power_check(gpu)
     yield _clock_check(gpu)
     yield _temperature_check(gpu)
@@ -176,18 +201,25 @@ def _table_check(gpu: GpuFacts) -> Check:
         message = "not in albor's table of cards: its peak is not known, so MFU is not shown"
         return Check("peak", "unknown").found("note", message)
     peak = gpu.bf16_peak_flops
-    return Check("peak", "no bf16" if peak is None else f"{peak / 1e12:g} TFLOP/s in bf16, by the data sheet")
+    whole = " of the whole card" if gpu.mig else ""
+    value = "no bf16" if peak is None else f"{peak / 1e12:g} TFLOP/s in bf16, by the data sheet{whole}"
+    return Check("peak", value)
+
+
+def _free(gpu: Part) -> str:
+    if gpu.memory_total_bytes is None or gpu.memory_free_bytes is None:
+        return NOT_REPORTED
+    usable = gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0)
+    return f"{format_bytes(gpu.memory_free_bytes)} free of {format_bytes(usable)}"
 
 
 def _memory_check(gpu: GpuFacts) -> Check:
-    if gpu.memory_total_bytes is None or gpu.memory_free_bytes is None:
-        return Check("memory", NOT_REPORTED)
-    usable = format_bytes(gpu.memory_total_bytes - (gpu.memory_reserved_bytes or 0))
     reserved = shown(gpu.memory_reserved_bytes, format_bytes)
-    return Check("memory", f"{format_bytes(gpu.memory_free_bytes)} free of {usable}; reserved: {reserved}")
+    value = _free(gpu)
+    return Check("memory", value if value == NOT_REPORTED else f"{value}; reserved: {reserved}")
 
 
-def _held_check(gpu: GpuFacts) -> Check:
+def _held_check(gpu: Part) -> Check:
     """Who holds memory. Its own check has no context, so all of them are other programs."""
     if gpu.processes is None:
         return Check("held by", NOT_REPORTED)
@@ -212,7 +244,7 @@ def _held_check(gpu: GpuFacts) -> Check:
     much = gpu.memory_total_bytes is not None and held >= gpu.memory_total_bytes / 4
     return check.found(
         "warning" if much else "note",
-        f"{format_bytes(held)} of this card are taken",
+        f"{format_bytes(held)} of it are taken",
         f"close {', '.join(names)}: with {format_bytes(freed)} more, a larger micro-batch fits",
         gain=Gain.CLEAR if much else Gain.SLIGHT,
     )
@@ -247,13 +279,19 @@ def _mig_check(gpu: GpuFacts) -> Check:
         message = "without an instance CUDA has no device"
         remedy = "turn MIG off, or create an instance: runs cannot use the card"
         return Check("MIG", "on, no instance").found("problem", message, remedy, turn_off, Gain.LARGE)
+    marks = {True: "; a run gets this one", None: "; a run may get this one", False: ""}
     slices = "\n".join(
-        f"{shown(slice.memory_bytes, format_bytes)}  {shown(slice.name)}\n  {shown(slice.uuid)}"
+        f"{shown(slice.name)}: {_free(slice)}{marks[slice.chosen]}\n  {shown(slice.uuid)}"
         for slice in gpu.mig_instances
     )
+    check = Check("MIG", f"on\n{slices}")
+    if gpu.chosen is False:
+        return check
+    if gpu.chosen and not any(slice.chosen for slice in gpu.mig_instances):
+        return _name_one(check, "CUDA takes one of them, and which one is not documented", gpu.mig_instances)
     message = "a run gets one instance: a part of the memory, and of the processors"
     remedy = "turn MIG off, if the card is yours: a run gets one instance of it"
-    return Check("MIG", f"on\n{slices}").found("note", message, remedy, turn_off, Gain.CLEAR)
+    return check.found("note", message, remedy, turn_off, Gain.CLEAR)
 
 
 def _power_check(gpu: GpuFacts) -> Check:

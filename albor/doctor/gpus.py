@@ -6,15 +6,18 @@ Cards, drivers and containers differ in what they answer. A question without an 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from albor.doctor.checks import read
 from albor.doctor.software import CudaVersion
 from albor.errors import ConfigError
 from albor.memory import devices
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,32 +44,40 @@ class Process:
         return f"{self.name or 'name hidden'} (pid {self.pid})"
 
 
-@dataclass(frozen=True)
-class MigInstance:
-    """A slice of a card in MIG mode."""
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a run can get: a card, or a slice of one. None: the driver does not say."""
 
+    chosen: bool | None  # a run that starts now gets it; None: it may, as CUDA chooses
     name: str | None
     uuid: str | None
-    memory_bytes: int | None
-
-
-@dataclass(frozen=True)
-class GpuFacts:
-    """One card. None: the driver does not say."""
-
-    index: int
-    chosen: bool  # a run that starts now gets this card
-    name: str | None
-    uuid: str | None
-    pci: str | None
-    compute_capability: tuple[int, int] | None
-    known_as: str | None  # its row in albor's table of cards
-    bf16_peak_flops: float | None
     memory_total_bytes: int | None
     memory_reserved_bytes: int | None  # by the driver
     memory_free_bytes: int | None
     processes: list[Process] | None
     hidden_bytes: int | None  # in use by none of `processes`
+
+    @property
+    def held_bytes(self) -> int:
+        """What other programs hold, as far as it is known."""
+        seen = sum(process.memory_bytes or 0 for process in self.processes or [])
+        return seen + (self.hidden_bytes or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigInstance(Part):
+    """A slice of a card in MIG mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuFacts(Part):
+    """One card."""
+
+    index: int  # of NVML and nvidia-smi, in the order of the bus
+    pci: str | None
+    compute_capability: tuple[int, int] | None
+    known_as: str | None  # its row in albor's table of cards
+    bf16_peak_flops: float | None
     utilization_percent: int | None
     compute_mode: int | None
     power_watts: float | None
@@ -91,12 +102,6 @@ class GpuFacts:
     display_active: bool | None
     persistence: bool | None
 
-    @property
-    def held_bytes(self) -> int:
-        """What other programs hold, as far as it is known."""
-        seen = sum(process.memory_bytes or 0 for process in self.processes or [])
-        return seen + (self.hidden_bytes or 0)
-
 
 class Nvml:
     """pynvml, of which every question may be refused."""
@@ -106,8 +111,12 @@ class Nvml:
 
     def ask(self, function: str, *arguments: Any, **keywords: Any) -> Any:
         """NVML's answer; None where the card, the driver or the binding has none."""
+        return self.ask_about(lambda pynvml: getattr(pynvml, function)(*arguments, **keywords))
+
+    def ask_about(self, question: Callable[[Any], T]) -> T | None:
+        """The answer to what takes several questions to NVML; None where one of them is refused."""
         try:
-            return getattr(self.pynvml, function)(*arguments, **keywords)
+            return question(self.pynvml)
         # Older bindings lack functions, and some names that drivers give are not UTF-8.
         except (self.pynvml.NVMLError, AttributeError, UnicodeDecodeError):
             return None
@@ -141,33 +150,28 @@ def read_machine(root: Path = Path("/")) -> tuple[Driver, list[GpuFacts]]:
         number = nvml.ask("nvmlSystemGetCudaDriverVersion_v2")
         cuda = None if number is None else (number // 1000, number % 1000 // 10)
         driver = Driver(nvml.ask("nvmlSystemGetDriverVersion"), cuda, None, None, on_bus)
-        chosen = _chosen_uuid(nvml)
-        count = nvml.ask("nvmlDeviceGetCount") or 0
-        return driver, [_read_gpu(nvml, index, chosen, root) for index in range(count)]
+        cards = nvml.ask_about(devices.installed_cards) or {}
+        first = nvml.ask_about(devices.device_zero)
+        return driver, [_read_gpu(nvml, index, card, first, root) for index, card in cards.items()]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _chosen_uuid(nvml: Nvml) -> str | None:
-    try:
-        handle = devices._visible_handle(nvml.pynvml)
-    except nvml.pynvml.NVMLError:
+def _is_first(first: list[devices.CudaDevice] | None, index: int, slot: int | None = None) -> bool | None:
+    """Whether a card, or what is in a slot of it, is CUDA's first device: no, yes or perhaps (None)."""
+    if first is None:
         return None
-    return None if handle is None else nvml.ask("nvmlDeviceGetUUID", handle)
+    fitting = [device for device in first if device.index == index and slot in (None, device.slot)]
+    return None if 0 < len(fitting) < len(first) else bool(fitting)
 
 
-def _read_gpu(nvml: Nvml, index: int, chosen: str | None, root: Path) -> GpuFacts:
-    # A card that fell off the bus has no handle; every question to it is refused.
-    handle = nvml.ask("nvmlDeviceGetHandleByIndex", index)
-    name, uuid = nvml.ask("nvmlDeviceGetName", handle), nvml.ask("nvmlDeviceGetUUID", handle)
+def _read_gpu(
+    nvml: Nvml, index: int, handle: Any, first: list[devices.CudaDevice] | None, root: Path
+) -> GpuFacts:
+    """`handle` is None for a card that fell off the bus: every question to it is refused."""
+    part = _read_part(nvml, handle, _is_first(first, index))
+    name = part["name"]
     capability = nvml.ask("nvmlDeviceGetCudaComputeCapability", handle)
-    total, reserved, free = _read_memory(nvml, handle)
-    processes = _read_processes(nvml, handle)
-    hidden = None
-    if total is not None and free is not None and processes is not None:
-        holdings = [process.memory_bytes for process in processes]
-        if None not in holdings:
-            hidden = max(0, total - free - (reserved or 0) - sum(size or 0 for size in holdings))
     known = None
     with suppress(ConfigError):
         known = devices.find_gpu(name) if name else None
@@ -178,21 +182,18 @@ def _read_gpu(nvml: Nvml, index: int, chosen: str | None, root: Path) -> GpuFact
     if reasons is None:  # its name before driver 535
         reasons = nvml.ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     mig = nvml.flag("nvmlDeviceGetMigMode", handle)
-    instances = _read_mig(nvml, handle) if mig else []
+    slices = nvml.ask_about(lambda pynvml: devices.mig_instances(pynvml, handle)) or {}
+    instances = [
+        MigInstance(**_read_part(nvml, instance, _is_first(first, index, slot)))
+        for slot, instance in slices.items()
+    ]
     return GpuFacts(
+        **part,
         index=index,
-        chosen=chosen is not None and (chosen == uuid or chosen in [instance.uuid for instance in instances]),
-        name=name,
-        uuid=uuid,
         pci=pci,
         compute_capability=None if capability is None else (capability[0], capability[1]),
         known_as=None if known is None else known.name,
         bf16_peak_flops=None if known is None else known.bf16_peak_flops,
-        memory_total_bytes=total,
-        memory_reserved_bytes=reserved,
-        memory_free_bytes=free,
-        processes=processes,
-        hidden_bytes=hidden,
         utilization_percent=getattr(nvml.ask("nvmlDeviceGetUtilizationRates", handle), "gpu", None),
         compute_mode=nvml.ask("nvmlDeviceGetComputeMode", handle),
         power_watts=nvml.number("nvmlDeviceGetPowerUsage", handle),
@@ -219,14 +220,26 @@ def _read_gpu(nvml: Nvml, index: int, chosen: str | None, root: Path) -> GpuFact
     )
 
 
-def _read_memory(nvml: Nvml, handle: Any) -> tuple[int | None, int | None, int | None]:
-    """Total, reserved and free bytes."""
-    memory = nvml.ask("nvmlDeviceGetMemoryInfo", handle, version=getattr(nvml.pynvml, "nvmlMemory_v2", None))
-    if memory is None:  # a driver before 510 knows the first version, without what is reserved
-        memory = nvml.ask("nvmlDeviceGetMemoryInfo", handle)
-    if memory is None:
-        return None, None, None
-    return memory.total, getattr(memory, "reserved", None), memory.free
+def _read_part(nvml: Nvml, handle: Any, chosen: bool | None) -> dict[str, Any]:
+    """The fields of a Part."""
+    memory = nvml.ask_about(lambda pynvml: devices.read_memory(pynvml, handle))
+    processes = _read_processes(nvml, handle)
+    hidden = None
+    if memory is not None and processes is not None:
+        holdings = [process.memory_bytes for process in processes]
+        if None not in holdings:
+            used = memory.total - (memory.reserved or 0) - memory.free
+            hidden = max(0, used - sum(size or 0 for size in holdings))
+    return {
+        "chosen": chosen,
+        "name": nvml.ask("nvmlDeviceGetName", handle),
+        "uuid": nvml.ask("nvmlDeviceGetUUID", handle),
+        "memory_total_bytes": None if memory is None else memory.total,
+        "memory_reserved_bytes": None if memory is None else memory.reserved,
+        "memory_free_bytes": None if memory is None else memory.free,
+        "processes": processes,
+        "hidden_bytes": hidden,
+    }
 
 
 def _read_processes(nvml: Nvml, handle: Any) -> list[Process] | None:
@@ -236,9 +249,8 @@ def _read_processes(nvml: Nvml, handle: Any) -> list[Process] | None:
         return None
     found: dict[int, Process] = {}
     for process, computes in [(p, False) for p in drawing or []] + [(p, True) for p in computing or []]:
-        twin = found.get(
-            process.pid
-        )  # a program may do both, and then is listed twice with all that it holds
+        # A program may do both, and then is listed twice with all that it holds.
+        twin = found.get(process.pid)
         sizes = [process.usedGpuMemory, twin.memory_bytes if twin else None]
         size = max((size for size in sizes if size is not None), default=None)
         found[process.pid] = Process(process.pid, _process_name(nvml, process.pid), size, computes)
@@ -253,16 +265,6 @@ def _process_name(nvml: Nvml, pid: int) -> str | None:
     name = nvml.ask("nvmlSystemGetProcessName", pid)
     name = name.decode(errors="replace") if isinstance(name, bytes) else name
     return name.split(" -")[0].rsplit("/", 1)[-1].strip() or None if name else None
-
-
-def _read_mig(nvml: Nvml, handle: Any) -> list[MigInstance]:
-    found = []
-    for index in range(nvml.ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
-        instance = nvml.ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, index)
-        if instance is not None:
-            name, uuid = nvml.ask("nvmlDeviceGetName", instance), nvml.ask("nvmlDeviceGetUUID", instance)
-            found.append(MigInstance(name, uuid, _read_memory(nvml, instance)[0]))
-    return found
 
 
 def _sysfs(pci: str, root: Path) -> Path:

@@ -18,10 +18,11 @@ import torch
 from rich.console import Console
 
 from albor import cli
-from albor.doctor import environment, gpus, kernels, machine, report, software, storage
+from albor.doctor import environment, gpus, kernels, machine, report, software, storage, trial
 from albor.doctor.checks import NOT_REPORTED, Check, Section
 from albor.doctor.report import Diagnosis, diagnose, render
 from albor.doctor.software import Package, TorchBuild
+from albor.doctor.trial import Trial
 from albor.memory.devices import GIB, MIB
 
 CUDA_13 = TorchBuild("2.13.0+cu130", (13, 0), None)
@@ -40,6 +41,7 @@ class FakeNvml:
     """A pynvml. Cards are what functions answer; what is not there a card does not support, and says so."""
 
     NVMLError = NVMLError
+    NVML_ERROR_NO_PERMISSION = 4
     nvmlMemory_v2 = 2
 
     def __init__(
@@ -78,6 +80,8 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> Any:
         if "lost" in self.cards[index]:
             raise NVMLError(15, "GPU is lost")
+        if "forbidden" in self.cards[index]:
+            raise NVMLError(4, "Insufficient Permissions")
         return self.cards[index]
 
     def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: dict[str, Any], index: int) -> Any:
@@ -172,6 +176,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=500 * GIB))
     monkeypatch.setattr(software, "torch_build", lambda: CUDA_13)
+    monkeypatch.setattr(trial, "attempt", lambda with_triton: Trial(None, 1.9, True, None))
     monkeypatch.setattr(kernels, "find_compiler", lambda: "/usr/bin/gcc")
     monkeypatch.setattr(kernels, "python_header", lambda: "/usr/include/python3.12/Python.h")
     monkeypatch.setattr(kernels, "ptxas", lambda: "/opt/ptxas")
@@ -436,27 +441,98 @@ def h100(**changes: Any) -> dict[tuple[Any, ...], Any]:
     )
 
 
-def test_an_h100_in_slices(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    instance = {
-        ("Name",): "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
-        ("UUID",): "MIG-1",
-        ("MemoryInfo",): memory(9728, 0, 0),
+def slice_of_h100(uuid: str, used: int = 0, **changes: Any) -> dict[tuple[Any, ...], Any]:
+    answers: dict[str, Any] = {
+        "Name": "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "UUID": uuid,
+        "MemoryInfo": memory(9728, 0, used),
     }
-    sliced = h100() | {("MigMode",): [1, 1], ("MaxMigDeviceCount",): 7, "instances": [instance]}
-    diagnosis = look(root, monkeypatch, FakeNvml(sliced))
+    return {(name,): answer for name, answer in (answers | changes).items()}
+
+
+def sliced(*instances: dict[tuple[Any, ...], Any]) -> dict[Any, Any]:
+    """An H100 in MIG mode; what is in use of it does not matter to a run on an instance."""
+    busy = {("MemoryInfo",): memory(81559, 551, 40000), ("UtilizationRates",): SimpleNamespace(gpu=99)}
+    mode = {("MigMode",): [1, 1], ("MaxMigDeviceCount",): 7, "instances": list(instances)}
+    return {**h100(), **busy, **mode}
+
+
+def test_an_h100_in_slices(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diagnosis = look(root, monkeypatch, FakeNvml(sliced(slice_of_h100("MIG-1"))))
     assert troubles(diagnosis) == {"MIG": "note"}
     check = only(diagnosis.gpus[0], "MIG")
-    assert "9.50 GiB  NVIDIA H100 80GB HBM3 MIG 1g.10gb" in check.value
-    assert diagnosis.as_json()["gpus"][0]["mig_instances"] == [
-        {"name": "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "uuid": "MIG-1", "memory_bytes": 9728 * MIB}
+    assert check.value.splitlines() == [
+        "on",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb: 9.50 GiB free of 9.50 GiB; a run gets this one",
+        "  MIG-1",
     ]
-    empty = sliced | {"instances": []}
-    diagnosis = look(root, monkeypatch, FakeNvml(empty))
+    assert only(diagnosis.gpus[0], "peak").value.endswith("of the whole card")
+    (fact,) = diagnosis.as_json()["gpus"][0]["mig_instances"]
+    assert (fact["uuid"], fact["chosen"], fact["memory_free_bytes"]) == ("MIG-1", True, 9728 * MIB)
+    diagnosis = look(root, monkeypatch, FakeNvml(sliced()))
     assert troubles(diagnosis) == {"MIG": "problem"}
     diagnosis = look(root, monkeypatch, FakeNvml(h100()))
     assert troubles(diagnosis) == {}
     assert only(diagnosis.gpus[0], "MIG").value == "off"
     assert only(diagnosis.gpus[0], "ECC").value == "on"
+
+
+def test_several_slices(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = slice_of_h100("MIG-1", used=4096, ComputeRunningProcesses=[process(7, 4096 * MIB)])
+    nvml = FakeNvml(sliced(taken, slice_of_h100("MIG-2")), names={7: "python"})
+    diagnosis = look(root, monkeypatch, nvml)
+    assert troubles(diagnosis) == {"MIG": "warning"}, "which one CUDA takes cannot be told"
+    assert only(diagnosis.gpus[0], "MIG").command == "export CUDA_VISIBLE_DEVICES=MIG-2"
+    assert diagnosis.gpus[0].facts["chosen"] is True
+    assert [fact["chosen"] for fact in diagnosis.gpus[0].facts["mig_instances"]] == [None, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    diagnosis = look(root, monkeypatch, nvml)
+    assert troubles(diagnosis) == {"MIG": "note", "MIG held by": "warning"}
+    assert only(diagnosis.gpus[0], "MIG held by").value == "4.00 GiB  python (pid 7)"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2")
+    assert troubles(look(root, monkeypatch, nvml)) == {"MIG": "note"}
+
+
+@pytest.mark.parametrize(
+    ("other", "command"),
+    [
+        (card(), "export CUDA_DEVICE_ORDER=PCI_BUS_ID"),
+        (sliced(slice_of_h100("MIG-1")) | {("UUID",): "GPU-2"}, "export CUDA_VISIBLE_DEVICES=GPU-h100"),
+    ],
+)
+def test_different_cards_of_which_cuda_takes_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch, other: dict[Any, Any], command: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    nvml = FakeNvml(h100(), other)
+    diagnosis = look(root, monkeypatch, nvml)
+    assert (only(diagnosis.driver, "cards").status, only(diagnosis.driver, "cards").command) == (
+        "warning",
+        command,
+    )
+    assert [section.facts["chosen"] for section in diagnosis.gpus] == [None, None]
+    assert diagnosis.gpus[0].title == "GPU 0: NVIDIA H100 80GB HBM3 (runs may use this one)"
+    assert diagnosis.kernels.facts["warm"] is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-h100")
+    diagnosis = look(root, monkeypatch, nvml)
+    assert troubles(diagnosis) == {}
+    assert [section.facts["chosen"] for section in diagnosis.gpus] == [True, False]
+
+
+def test_a_slice_beside_a_whole_card(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free of the sliced card says nothing of the slice, and is not compared with other cards."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    diagnosis = look(
+        root, monkeypatch, FakeNvml(h100(), sliced(slice_of_h100("MIG-1")) | {("UUID",): "GPU-2"})
+    )
+    assert troubles(diagnosis) == {"MIG": "note"}
+    assert [section.facts["chosen"] for section in diagnosis.gpus] == [False, True]
+
+
+def test_cards_of_other_jobs_are_left_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diagnosis = look(root, monkeypatch, FakeNvml({"forbidden": True}, card()))
+    assert troubles(diagnosis) == {}
+    assert [section.facts["index"] for section in diagnosis.gpus] == [1]
 
 
 @pytest.mark.parametrize(
@@ -533,7 +609,7 @@ def test_a_card_that_answers_nothing_but_its_name(root: Path, monkeypatch: pytes
     silent = [check for check in section.checks if check.name != "peak"]
     assert len(silent) >= 12
     assert {check.value for check in silent} == {NOT_REPORTED}
-    assert only(diagnosis.driver, "cards").status == "problem", "which of them a run gets is not known"
+    assert diagnosis.gpus[0].facts["chosen"], "it is the only one"
 
 
 def test_a_lost_card_beside_a_good_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -701,6 +777,17 @@ def test_storage(
     assert (fact["file_system"], fact["free_bytes"], fact["writable"]) == (kind, free, True)
 
 
+def test_a_folder_that_was_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def removed() -> Path:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "cwd", removed)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(card()))
+    diagnosis = diagnose(root)
+    assert troubles(diagnosis) == {"this folder": "warning"}
+    assert "was removed" in text_of(diagnosis)
+
+
 def test_a_mount_point_with_a_space(tmp_path: Path) -> None:
     write(tmp_path, {"root/proc/self/mounts": rf"/dev/sda {tmp_path}/my\040disk btrfs rw 0 0" + "\n"})
     assert storage.file_system(tmp_path / "my disk" / "runs", tmp_path / "root") == "btrfs"
@@ -710,7 +797,7 @@ def test_a_mount_point_with_a_space(tmp_path: Path) -> None:
 # Kernels
 
 
-def test_the_cache_of_kernels(tmp_path: Path) -> None:
+def test_the_cache_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = kernels.kernel_names()
     assert names, "albor has kernels"
     mine = sorted(names)[0]
@@ -723,6 +810,17 @@ def test_the_cache_of_kernels(tmp_path: Path) -> None:
     assert (entries, dict(by_architecture)) == (5, {89: 1, 90: 1})
     assert size == sum(path.stat().st_size for path in cache.rglob("*.*"))
     assert kernels.scan(tmp_path / "nothing", names) == (0, 0, {})
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    said = {
+        (8, 9): "warm: 1 of albor's kernels for sm_89",
+        (12, 0): "cold: none of albor's kernels for sm_120",
+        None: "albor's kernels for sm_89 (1), sm_90 (1)",
+    }
+    for capability, state in said.items():
+        section = kernels.examine(True, capability)
+        assert only(section, "cache").value.startswith(state)
+        assert "5 entries" in only(section, "cache").value
+        assert section.facts["warm"] == (None if capability is None else capability == (8, 9))
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -819,7 +917,9 @@ def test_torch_is_read_and_not_imported() -> None:
     assert build is not None
     assert (build.version, build.cuda) == (torch.__version__, software.parse_cuda(torch.version.cuda))
     program = (
-        "import sys; from albor.doctor.report import diagnose; diagnose()\n"
+        "import sys; from albor.doctor import trial\n"
+        "trial.attempt = lambda with_triton: trial.Trial('', None, None, None)\n"
+        "from albor.doctor.report import diagnose; diagnose()\n"
         "assert not {'torch', 'triton', 'numpy'} & sys.modules.keys()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -850,6 +950,22 @@ def test_builds_of_torch(
     assert build is not None
     assert build.version.startswith("2.12.1")
     assert (build.cuda, build.hip) == expected
+
+
+@pytest.mark.parametrize("files", [{"torch/version.py": "("}, {"torch/other.py": ""}])
+def test_a_folder_that_hides_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]
+) -> None:
+    write(tmp_path, {**files, "torch/__init__.py": ""})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    assert software.torch_build() is None
+    check = only(software.examine(None, False, software.PYPI), "torch")
+    assert check.status == "problem"
+    assert str(tmp_path / "torch") in check.message
+    monkeypatch.setattr(software, "torch_folder", lambda: None)
+    check = only(software.examine(None, False, software.PYPI), "torch")
+    assert (check.value, check.status) == ("not installed", "problem")
 
 
 def distributions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], **requires: list[str]) -> None:
@@ -934,6 +1050,85 @@ def test_the_commit_is_that_of_the_checkout_only(tmp_path: Path) -> None:
     assert software.commit(tmp_path / "site-packages") is None
 
 
+# The start
+
+
+FAKE_TORCH = """
+import warnings
+print("a library says hello")
+class cuda:
+    @staticmethod
+    def is_available():
+        warnings.warn("Error 802: system not yet initialized")
+        return False
+"""
+
+
+@pytest.mark.parametrize(
+    ("torch_file", "triton_file", "with_triton", "error"),
+    [
+        (FAKE_TORCH, "", True, None),
+        (FAKE_TORCH, "raise ImportError('libcuda')", True, "ImportError: libcuda"),
+        (FAKE_TORCH, "raise ImportError('libcuda')", False, None),  # not asked for on this system
+        ("raise ImportError('libcudnn.so.9')", "", True, "ImportError: libcudnn.so.9"),
+        ("import os; os.abort()", "", True, "Python was ended by signal 6"),
+        ("import os; os._exit(3)", "", True, "exit code 3"),
+        ("import time; time.sleep(60)", "", True, "not loaded within 0.5 s"),
+    ],
+)
+def test_torch_is_tried_in_a_process_of_its_own(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    torch_file: str,
+    triton_file: str,
+    with_triton: bool,
+    error: str | None,
+) -> None:
+    write(tmp_path, {"torch/__init__.py": torch_file, "triton/__init__.py": triton_file})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    tried = trial.attempt(with_triton, 0.5 if "sleep" in torch_file else 60)
+    assert tried.error == error
+    if error is None:
+        assert (tried.cuda, tried.cuda_reason) == (False, "Error 802: system not yet initialized")
+    section = trial.examine(tried, gpu_expected=False)
+    assert [check.status for check in section.checks] == (["ok", "ok"] if error is None else ["problem"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables", "build", "status"),
+    [
+        ({}, {}, CUDA_13, "problem"),  # nothing else says why
+        ({"ComputeMode": 2}, {}, CUDA_13, "ok"),  # which is a problem itself
+        ({}, {"CUDA_VISIBLE_DEVICES": ""}, CUDA_13, "ok"),
+        ({}, {}, TorchBuild("2.13.0+cpu", None, None), "ok"),
+    ],
+)
+def test_cuda_that_does_not_start(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    variables: dict[str, str],
+    build: TorchBuild,
+    status: str,
+) -> None:
+    monkeypatch.setattr(trial, "attempt", lambda with_triton: Trial(None, 2.0, False, "Error 802"))
+    monkeypatch.setattr(software, "torch_build", lambda: build)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    diagnosis = look(root, monkeypatch, FakeNvml(card(**changes)))
+    check = only(diagnosis.start, "CUDA")
+    assert (check.value, check.status) == ("Error 802", status)
+    assert (check in diagnosis.faster) == (status == "problem")
+
+
+def test_without_torch_nothing_is_tried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "torch_build", lambda: None)
+    monkeypatch.setattr(trial, "attempt", None)
+    diagnosis = look(root, monkeypatch, FakeNvml(card()))
+    assert only(diagnosis.start, "import").value == "not tried: there is no torch"
+    assert diagnosis.start.facts == {}
+
+
 # The report
 
 
@@ -990,6 +1185,8 @@ def test_what_this_machine_says() -> None:
     diagnosis = diagnose()
     json.dumps(diagnosis.as_json())
     assert machine.read_cores().usable >= 1
+    assert diagnosis.start.facts["error"] is None
+    assert diagnosis.start.facts["cuda"] == torch.cuda.is_available()
     assert only(diagnosis.software, "torch").value.startswith(metadata.version("torch").partition("+")[0])
     driver, cards = gpus.read_machine()
     assert len(diagnosis.gpus) == len(cards)

@@ -54,7 +54,7 @@ STRANGERS = (
 WITHOUT_TORCH = (
     "errors", "units", "config", "configfile", "architecture", "memory.packing", "memory.plan",
     "memory.devices",
-    "memory.suggest", "memory.estimate", "memory.report", "cli",
+    "memory.suggest", "memory.estimate", "memory.report", "doctor.report", "cli",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
 """`albor doctor`: what this machine is, what is wrong with it, and what would make it faster.
 
-It neither imports torch nor creates a CUDA context: it answers at once, and where torch does not load.
+It creates no CUDA context, and imports torch in another process only: it answers where torch does not load.
 """

@@ -17,8 +17,12 @@ from albor.doctor.storage import existing, file_system, is_network
 from albor.memory.devices import format_bytes
 
 
-def examine(has_gpu: bool, root: Path = Path("/")) -> Section:
-    """The section on kernels. Without a GPU nothing in it is needed, so nothing is wrong."""
+def examine(has_gpu: bool, capability: tuple[int, int] | None, root: Path = Path("/")) -> Section:
+    """The section on kernels. Without a GPU nothing in it is needed, so nothing is wrong.
+
+    `capability`: of the card that a run gets, where that is known.
+    """
+    architecture = None if capability is None else 10 * capability[0] + capability[1]
     folder = cache_folder()
     entries, size, mine = scan(folder, kernel_names())
     kind, writable = file_system(folder, root), os.access(existing(folder), os.W_OK)
@@ -31,12 +35,13 @@ def examine(has_gpu: bool, root: Path = Path("/")) -> Section:
         "cache_entries": entries,
         "cache_bytes": size,
         "compiled": {f"sm_{arch}": count for arch, count in sorted(mine.items())},
+        "warm": None if architecture is None else mine[architecture] > 0,
         "c_compiler": compiler,
         "python_header": header,
         "ptxas": assembler,
     }
     checks = [
-        _cache_check(entries, size, mine),
+        _cache_check(entries, size, mine, architecture),
         _folder_check(folder, kind, writable, has_gpu),
         _tool_check(
             "C compiler", compiler, has_gpu, "install a C compiler, or set CC", "sudo apt install gcc"
@@ -115,11 +120,15 @@ def ptxas() -> str | None:
     return str(path) if os.access(path, os.X_OK) else None
 
 
-def _cache_check(entries: int, size: int, mine: Counter[int]) -> Check:
-    if entries == 0:
-        return Check("cache", "cold: the first step on a GPU compiles the kernels")
-    made = ", ".join(f"{count} of albor's kernels for sm_{arch}" for arch, count in sorted(mine.items()))
-    return Check("cache", f"{entries:,} entries, {format_bytes(size)}; {made or 'none of them is of albor'}")
+def _cache_check(entries: int, size: int, mine: Counter[int], architecture: int | None) -> Check:
+    if architecture is None:
+        known = ", ".join(f"sm_{arch} ({count})" for arch, count in sorted(mine.items()))
+        state = f"albor's kernels for {known}" if known else "none of albor's kernels"
+    elif mine[architecture]:
+        state = f"warm: {mine[architecture]} of albor's kernels for sm_{architecture}, which is this GPU"
+    else:
+        state = f"cold: none of albor's kernels for sm_{architecture}, so the first start compiles them"
+    return Check("cache", f"{state}\n{entries:,} entries, {format_bytes(size)}")
 
 
 def _folder_check(folder: Path, kind: str | None, writable: bool, has_gpu: bool) -> Check:

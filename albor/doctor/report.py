@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from albor.doctor import environment, gpu_checks, gpus, kernels, machine, software, storage
+from albor.doctor import environment, gpu_checks, gpus, kernels, machine, software, storage, trial
 from albor.doctor.checks import SEVERITY, Check, Section, Status
 
 _WIDTH = 80
@@ -24,6 +24,7 @@ class Diagnosis:
     """What was found."""
 
     software: Section
+    start: Section
     machine: Section
     driver: Section
     gpus: list[Section]
@@ -38,6 +39,7 @@ class Diagnosis:
             self.software,
             self.driver,
             *self.gpus,
+            self.start,
             self.machine,
             self.kernels,
             self.environment,
@@ -75,6 +77,7 @@ class Diagnosis:
         return {
             "status": self.status,
             "software": self.software.facts,
+            "start": self.start.facts,
             "driver": self.driver.facts,
             "gpus": [section.facts for section in self.gpus],
             "machine": self.machine.facts,
@@ -96,15 +99,33 @@ def diagnose(root: Path = Path("/"), folder: Path | None = None) -> Diagnosis:
     driver, cards = gpus.read_machine(root)
     has_gpu = bool(cards or driver.cards_on_bus)
     container = system.container is not None
+    chosen = next((card for card in cards if card.chosen), None)
+    about_driver = gpu_checks.examine_driver(driver, cards, build, container=container, wsl=system.wsl)
+    about_cards = [gpu_checks.examine_gpu(card, build, several=len(cards) > 1) for card in cards]
+    explained = any(
+        check.status == "problem" for part in (about_driver, *about_cards) for check in part.checks
+    )
+    usable = build is not None and build.cuda is not None and bool(cards)
     return Diagnosis(
         software=software.examine(build, has_gpu, gpu_checks.wheels_for(driver, cards)),
+        start=trial.examine(
+            None if build is None else trial.attempt(software.installed("triton") is not None),
+            gpu_expected=usable and not explained,
+        ),
         machine=machine.examine(system, cores, has_gpu, root),
-        driver=gpu_checks.examine_driver(driver, cards, build, container=container, wsl=system.wsl),
-        gpus=[gpu_checks.examine_gpu(card, build, several=len(cards) > 1) for card in cards],
-        kernels=kernels.examine(has_gpu, root),
+        driver=about_driver,
+        gpus=about_cards,
+        kernels=kernels.examine(has_gpu, None if chosen is None else chosen.compute_capability, root),
         environment=environment.examine(os.environ, cores.usable, has_gpu),
-        storage=storage.examine(folder or Path.cwd(), container, root),
+        storage=storage.examine(folder or _current_folder(), container, root),
     )
+
+
+def _current_folder() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
 
 
 def render(diagnosis: Diagnosis, console: Console) -> None:

@@ -1,6 +1,6 @@
 """Versions: albor, Python, torch and what it was built for, and every package against what albor asks for.
 
-torch is read from its files. To import it takes seconds, and fails on just the machines that need a doctor.
+torch is read from its files: to import it fails on just the machines that need a doctor (see `trial`).
 """
 
 from __future__ import annotations
@@ -43,13 +43,24 @@ class Package:
     fits: bool
 
 
-def torch_build() -> TorchBuild | None:
-    """What torch/version.py says; None where torch is not installed."""
+def torch_folder() -> Path | None:
+    """Where `import torch` would look; None where there is nothing of that name."""
     spec = util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    if spec is None:
+        return None
+    # A folder without __init__.py has no origin.
+    return (
+        Path(spec.origin).parent if spec.origin else Path(next(iter(spec.submodule_search_locations or [])))
+    )
+
+
+def torch_build() -> TorchBuild | None:
+    """What torch/version.py says; None where torch is not installed, or does not say."""
+    folder = torch_folder()
+    if folder is None:
         return None
     try:
-        tree = ast.parse((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
+        tree = ast.parse((folder / "version.py").read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
         return None
     values: dict[str, object] = {}
@@ -167,6 +178,11 @@ def _extra_names(distribution: str) -> list[str]:
 
 
 def _torch_check(build: TorchBuild | None, has_gpu: bool, wheels: str) -> Check:
+    if build is None and (folder := torch_folder()) is not None:
+        message = f"{folder} is not torch, or is damaged"
+        remedy = "take it out of Python's path, or install torch again"
+        command = "pip install --force-reinstall torch"
+        return Check("torch", "no version").found("problem", message, remedy, command)
     if build is None:
         check = Check("torch", "not installed")
         return check.found("problem", "nothing runs without it", "install albor with pip", "pip install .")

@@ -40,8 +40,11 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def examine(folder: Path, container: bool, root: Path = Path("/")) -> Section:
-    """The section on `folder`, and on its `runs` where that lies on another disk."""
+def examine(folder: Path | None, container: bool, root: Path = Path("/")) -> Section:
+    """The section on `folder`, and on its `runs` where that lies on another disk; None: it was removed."""
+    if folder is None:
+        check = Check("this folder", "was removed")
+        return Section("Storage", {}, [check.found("warning", "nothing can be written here", "cd elsewhere")])
     places = {"this folder": folder}
     if (folder / "runs").is_dir() and (folder / "runs").stat().st_dev != folder.stat().st_dev:
         places["runs"] = folder / "runs"

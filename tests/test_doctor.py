@@ -1180,6 +1180,19 @@ def test_the_command(
             assert "GPU 0: NVIDIA GeForce RTX 4090" in out
 
 
+def test_the_page_explains_every_line_and_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/doctor.md has a row for each."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    diagnosis = look(root, monkeypatch, FakeNvml({"lost": True}, sliced(slice_of_h100("MIG-1"))))
+    page = (Path(__file__).parents[1] / "docs/doctor.md").read_text(encoding="utf-8")
+    names = {check.name for section, check in diagnosis.checks if section.title != "Environment"}
+    assert len(names) > 35
+    assert {name for name in names if f"`{name}`" not in page} == set()
+    assert {key for key in diagnosis.as_json() if f"| `{key}` |" not in page} == set()
+    headings = {section.title.partition(" 0")[0].partition(" 1")[0] for section, _ in diagnosis.checks}
+    assert {title for title in headings if f"## {title}\n" not in page} == set()
+
+
 def test_what_this_machine_says() -> None:
     """The real one, whatever it is: every section is there, and every fact can be written as JSON."""
     diagnosis = diagnose()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: a module imports from its own row and from those before it. A room stands for all in it.
 ROWS = (
-    ("__init__", "errors", "units", "seeds", "progress", "kernels"),
+    ("__init__", "errors", "units", "seeds", "progress", "faults", "kernels"),
     ("yamlcore", "config", "configfile", "architecture"),
     (
         "memory.__init__", "memory.packing", "memory.plan", "memory.devices", "memory.suggest",
@@ -52,7 +52,7 @@ STRANGERS = (
 )
 
 WITHOUT_TORCH = (
-    "errors", "units", "config", "configfile", "architecture", "memory.packing", "memory.plan",
+    "errors", "units", "faults", "config", "configfile", "architecture", "memory.packing", "memory.plan",
     "memory.devices",
     "memory.suggest", "memory.estimate", "memory.report", "doctor.report", "cli",
 )  # fmt: skip

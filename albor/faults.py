@@ -24,8 +24,8 @@ where there is none, only `(none)`, `.3` and `*` make sense, and a number is ref
 
     point             step                        where
     shard.write       none                        before a document's ids are written to a token shard
-    shard.synced      none                        all shards of a source are written, hashed and closed
-    shard.renamed     none                        a source's shards have their name in the cache
+    shard.synced      none                        a cache entry (tokenizer, shards) is flushed to the disk
+    shard.renamed     none                        it has its name
     load.begin        none                        before a checkpoint is verified and read
     load.filled       none                        every tensor is read, the state is not yet in use
     step.begin        the one that begins         nothing of it is done

@@ -19,11 +19,11 @@ ROWS = (
     ("__init__", "errors", "units", "seeds", "progress", "faults", "kernels"),
     ("yamlcore", "config", "configfile", "architecture"),
     (
-        "memory.__init__", "memory.packing", "memory.plan", "memory.devices", "memory.suggest",
-        "memory.estimate",
+        "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
+        "memory.devices", "memory.suggest", "memory.estimate",
         "memory.report",
     ),
-    ("memory.arena",),
+    ("memory.arena", "memory.shortage"),
     ("ops",),
     ("model",),
     ("data",),
@@ -52,8 +52,8 @@ STRANGERS = (
 )
 
 WITHOUT_TORCH = (
-    "errors", "units", "faults", "config", "configfile", "architecture", "memory.packing", "memory.plan",
-    "memory.devices",
+    "errors", "units", "faults", "config", "configfile", "architecture", "memory.packing",
+    "memory.attention", "memory.attention_bytes", "memory.plan", "memory.devices",
     "memory.suggest", "memory.estimate", "memory.report", "doctor.report", "cli",
 )  # fmt: skip
 

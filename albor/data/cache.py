@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from albor import faults
 from albor.config import Source
 from albor.data.sources import SourceFile, list_files
 from albor.errors import DataError
@@ -79,9 +80,11 @@ class Cache:
                 fcntl.flock(handle, fcntl.LOCK_EX)  # the writer lives; the system drops the lock when it dies
                 write(temporary)
                 _flush(temporary)
+                faults.reach("shard.synced")
                 temporary.chmod(0o755)  # mkdtemp's 0700 would keep others from a shared cache
                 _rename_unless_there(temporary, final)
                 _flush_path(self.directory)
+                faults.reach("shard.renamed")
             finally:
                 os.close(handle)
                 shutil.rmtree(temporary, ignore_errors=True)

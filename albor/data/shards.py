@@ -21,6 +21,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from albor import faults
 from albor.data.cache import file_sha256
 from albor.errors import DataError
 
@@ -62,6 +63,7 @@ class ShardWriter:
             raise DataError(
                 f"token ids from {ids.min()} to {ids.max()} do not fit a vocabulary of {self._vocab_size}"
             )
+        faults.reach("shard.write")
         narrow = ids.astype(self._dtype)
         start = 0
         while start < len(narrow):

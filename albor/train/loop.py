@@ -9,13 +9,16 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from albor import faults
 from albor.data.loader import validation_batches
 from albor.errors import Diverged, Interrupted
 from albor.evaluate.validation import Validation, validate
 from albor.generate.generate import generate
 from albor.generate.sampler import NotFinite
+from albor.memory.shortage import give_back, is_out_of_memory
 from albor.model.decode import Decoder
 from albor.seeds import derive_seed
 from albor.train.display import Display
@@ -169,14 +172,32 @@ class Loop:
     def _evaluate(self) -> None:
         session = self.session
         config, step = session.config, session.state.step
-        validation = evaluate_session(session, config.evaluate.batches, self.stop)
-        if math.isfinite(validation.loss):
-            self._note_best(validation.loss)
-        metrics = validation.metrics()
-        self.log.row(step, session.tokens, metrics)
-        self.display.validation(step, metrics)
-        for sample in draw_samples(session, self.stop):
-            self.log.event("sample", step, prompt=sample.prompt, text=sample.text)
+        with self._left_out_if_short_of_memory("evaluation"):
+            validation = evaluate_session(session, config.evaluate.batches, self.stop)
+            if math.isfinite(validation.loss):
+                self._note_best(validation.loss)
+            metrics = validation.metrics()
+            self.log.row(step, session.tokens, metrics)
+            self.display.validation(step, metrics)
+        with self._left_out_if_short_of_memory("sampling"):
+            for sample in draw_samples(session, self.stop):
+                self.log.event("sample", step, prompt=sample.prompt, text=sample.text)
+
+    @contextmanager
+    def _left_out_if_short_of_memory(self, what: str) -> Iterator[None]:
+        """Training goes on without what another process's memory left no room for."""
+        try:
+            yield
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        give_back()  # now that nothing holds on to the failed one's tensors
+        self.log.event("out_of_memory", self.session.state.step, during=what, error=reason)
+        self.display.message(
+            f"step {self.session.state.step}: no memory for {what}, which is left out: {reason}"
+        )
 
     def _note_best(self, loss: float) -> None:
         best = self.session.best_validation_loss
@@ -196,16 +217,18 @@ class Loop:
 
 def evaluate_session(session: Session, batches: int, stop: StopRequest) -> Validation:
     """Validation on at most `batches` micro-batches of held-out text. Raises Stopped between two of them."""
-    config = session.config
+    config, step = session.config, session.state.step
+    faults.reach("evaluate.begin", step)
     held_out = validation_batches(
         session.data.validation, config.data.sequence_length, config.train.micro_batch_size, batches
     )
     trainer, token_bytes = session.trainer, session.data.tokenizer.token_bytes
-    return validate(trainer.model, trainer.input, _until(stop, held_out), token_bytes)
+    return validate(trainer.model, trainer.input, _until(stop, held_out, step), token_bytes)
 
 
-def _until(stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
+def _until(stop: StopRequest, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
     for batch in batches:
+        faults.reach("evaluate.batch", step)
         stop.check()
         yield batch
 
@@ -215,6 +238,7 @@ def draw_samples(session: Session, stop: StopRequest) -> list[Sample]:
     config, step = session.config, session.state.step
     samples = []
     for index, prompt in enumerate(config.evaluate.prompts):
+        faults.reach("sample.begin", step)
         stop.check()
         try:
             generation = generate(

@@ -12,14 +12,16 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from albor import faults
 from albor.architecture import IGNORED_TARGET
-from albor.checkpoint import CHECKPOINTS, checkpoint_name
+from albor.checkpoint import CHECKPOINTS, checkpoint_name, list_checkpoints
 from albor.config import RunConfig
 from albor.data.loader import validation_batches
 from albor.data.prepare import PreparedData, check_horizon, prepare
-from albor.errors import ConfigError, Diverged, Interrupted, Problem
+from albor.errors import AlborError, ConfigError, Diverged, Interrupted, Problem
 from albor.evaluate.validation import Validation
 from albor.memory.plan import MemoryPlan
+from albor.memory.shortage import is_out_of_memory
 from albor.progress import show_progress
 from albor.train.display import Display, make_display
 from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
@@ -80,6 +82,8 @@ def run_training(
     """
     say = Display(console).message
     directory = run_directory(config)
+    if faults.ACTIVE:
+        say(f"{faults.VARIABLE} is set: this run will fail on purpose ({faults.ACTIVE})")
     if device == "cuda" and not torch.cuda.is_available():
         remedy = "install a driver that PyTorch finds, or set device to cpu"
         raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
@@ -102,6 +106,8 @@ def run_training(
         display = make_display(console, config.steps, first_step=step, title=config.name, json=as_json)
         log = MetricsLog(directory, on_failure=display.message)
         log.event("resumed" if source else "started", step, source=str(source) if source else None)
+        if faults.ACTIVE:
+            log.event("faults", step, faults=faults.ACTIVE)
         say(f"{directory}: {_describe_start(step, config.steps, source)}")
         try:
             with display, StopRequest() as stop:
@@ -113,11 +119,23 @@ def run_training(
         except BaseException as error:
             log.event("failed", session.state.step, error=f"{type(error).__name__}: {error}")
             raise
+            if is_out_of_memory(error):
+                raise AlborError(_explain_shortage(error, session)) from error
         log.event("finished", session.state.step)
     return outcome
 
 
 def _train_and_report(
+def _explain_shortage(error: BaseException, session: Session) -> str:
+    saved = [path.name for path in list_checkpoints(session.directory / CHECKPOINTS)][-1:]
+    goes_on = f"goes on from {saved[0]}" if saved else "starts anew, for there is no checkpoint yet"
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return (
+        f"out of memory after step {session.state.step} of {session.config.steps}: {reason}; find out what "
+        f"else uses it (albor vram-estimate shows what the run needs); the same command then {goes_on}"
+    )
+
+
     session: Session, log: MetricsLog, display: Display, stop: StopRequest, peak_flops: float | None
 ) -> Outcome:
     loop = Loop(session, log, display, stop, peak_flops)

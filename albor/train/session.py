@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from albor import checkpoint, ops
+from albor import checkpoint, faults, ops
 from albor.config import RunConfig
 from albor.configfile import dump_config, load_config
 from albor.data.loader import Loader
@@ -188,7 +188,9 @@ def open_session(
         state = TrainState(guard=GuardState.initial(plan.compute_dtype))
         return Session(config, data, Loader(*loader_arguments), trainer, state, None)
     clear(arena)
+    faults.reach("load.begin")
     saved = checkpoint.load(source, checkpoint_tensors(trainer))
+    faults.reach("load.filled")
     if saved["data_sha256"] != data.sha256:
         raise DataError(
             f"{source} was trained on other data or with another tokenizer than data.sources now give; "

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
 
+from albor import faults
 from albor.architecture import Architecture, block_name
 from albor.config import RunConfig
 from albor.memory.arena import Arena
@@ -93,7 +94,10 @@ class Trainer:
 
     def step(self, batches: Iterable[Batch], state: TrainState) -> tuple[StepResult, TrainState]:
         """One optimizer step over `gradient_accumulation_steps` micro-batches."""
-        return self.update(self.accumulate(batches, state), state)
+        faults.reach("step.begin", state.step + 1)
+        outcome = self.update(self.accumulate(batches, state), state)
+        faults.reach("step.updated", state.step + 1)
+        return outcome
 
     def accumulate(self, batches: Iterable[Batch], state: TrainState) -> Accumulated:
         """Loss and gradient of the global batch. No weight moves."""
@@ -109,13 +113,15 @@ class Trainer:
                 target_tokens += self.input.load(*batch)
                 self._micro_batch()
                 self.accumulator.end_micro_batch()
+                faults.reach("step.micro_batch", state.step + 1)
             arena.enter("clip")
             square = self.accumulator.squared_norm()
             loss_sum, square_on_device = self._read_results()
         # From here to the true gradient: the mean over target tokens, without the loss scale.
         gradient_scale = config.tokens_per_step / max(target_tokens, 1) / state.guard.loss_scale
         norm = math.sqrt(square_on_device if square is None else square) * gradient_scale
-        return Accumulated(loss_sum / max(target_tokens, 1), norm, gradient_scale, target_tokens)
+        sums = Accumulated(loss_sum / max(target_tokens, 1), norm, gradient_scale, target_tokens)
+        return _times(sums, faults.reach("step.accumulated", state.step + 1))
 
     def update(self, sums: Accumulated, state: TrainState) -> tuple[StepResult, TrainState]:
         """The weights' update by what was accumulated, unless the guard forbids it."""
@@ -211,6 +217,18 @@ class Trainer:
             results = staged
         loss_sum, square = results.tolist()
         return loss_sum, square
+
+
+def _times(sums: Accumulated, factor: float) -> Accumulated:
+    """As if the loss, and with it the gradient, were `factor` times what they are: a fault's doing."""
+    if factor == 1.0:
+        return sums
+    return replace(
+        sums,
+        loss=sums.loss * factor,
+        grad_norm=sums.grad_norm * factor,
+        gradient_scale=sums.gradient_scale * factor,
+    )
 
 
 def clip_factor(norm: float, largest: float) -> float:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import os
+import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,16 +120,45 @@ class ShardWriter:
         self._in_shard = 0
 
 
-@dataclass(frozen=True)
 class _Shard:
-    path: Path
-    sha256: str
-    tokens: np.ndarray  # (n,), mapped from the file
+    """A token file, held open and read in pieces. It is not mapped: a mapped file that the disk fails to
+    give, or that somebody cuts off, ends the process by SIGBUS; a read says what is wrong.
+    """
+
+    def __init__(self, path: Path, sha256: str, dtype: np.dtype[Any], tokens: int):
+        """Raises DataError unless the file holds just `tokens` values of `dtype`."""
+        self.path, self.sha256, self._dtype, self._tokens = path, sha256, dtype, tokens
+        values = _map(path, dtype, tokens)
+        self._start = path.stat().st_size - values.nbytes  # after NumPy's header
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from error
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens `start` to `start + count` of the shard. Raises DataError where the file no longer gives
+        them.
+        """
+        size, position = count * self._dtype.itemsize, self._start + start * self._dtype.itemsize
+        content = b""
+        while len(content) < size:
+            try:
+                part = os.pread(self._file, size - len(content), position + len(content))
+            except OSError as error:
+                raise DataError(f"{self.path} cannot be read: {error.strerror}; {_MEND}") from error
+            if not part:
+                raise DataError(f"{self.path} became shorter while it was in use; {_MEND}")
+            content += part
+        return np.frombuffer(content, dtype=self._dtype)
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The tokens of one or more shard directories as one long vector, read from mapped files."""
+    """The tokens of one or more shard directories as one long vector, read from open files."""
 
     vocab_size: int
     tokenizer_sha256: str
@@ -147,11 +178,7 @@ class TokenStream:
             if manifest["dtype"] != dtype.name:
                 raise DataError(f"{directory / _MANIFEST} names dtype {manifest['dtype']}, not {dtype.name}")
             shards = tuple(
-                _Shard(
-                    directory / entry["file"],
-                    entry["sha256"],
-                    _map(directory / entry["file"], dtype, entry["tokens"]),
-                )
+                _Shard(directory / entry["file"], entry["sha256"], dtype, entry["tokens"])
                 for entry in manifest["shards"]
             )
             documents_path = directory / _DOCUMENTS
@@ -160,8 +187,8 @@ class TokenStream:
                 _verify_hash(documents_path, manifest["documents_sha256"])
                 for shard in shards:
                     _verify_hash(shard.path, shard.sha256)
-                    for start in range(0, len(shard.tokens), _SCANNED_TOKENS):
-                        part = shard.tokens[start : start + _SCANNED_TOKENS]
+                    for start in range(0, len(shard), _SCANNED_TOKENS):
+                        part = shard.read(start, min(_SCANNED_TOKENS, len(shard) - start))
                         _verify_ids(part, manifest["vocab_size"], shard.path)
             stream = TokenStream._over(
                 shards, manifest["vocab_size"], manifest["tokenizer_sha256"], manifest["text_bytes"], offsets
@@ -194,7 +221,7 @@ class TokenStream:
     def _over(
         shards: tuple[_Shard, ...], vocab_size: int, tokenizer: str, text_bytes: int, offsets: np.ndarray
     ) -> TokenStream:
-        ends = np.cumsum([len(shard.tokens) for shard in shards], dtype=np.int64)
+        ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)
         return TokenStream(vocab_size, tokenizer, text_bytes, offsets, shards, tuple(ends.tolist()))
 
     def __len__(self) -> int:
@@ -217,8 +244,8 @@ class TokenStream:
         index = bisect.bisect_right(self._ends, start)
         while count:
             shard = self._shards[index]
-            offset = start - (self._ends[index] - len(shard.tokens))
-            part = shard.tokens[offset : offset + count]
+            offset = start - (self._ends[index] - len(shard))
+            part = shard.read(offset, min(count, len(shard) - offset))
             _verify_ids(part, self.vocab_size, shard.path)
             parts.append(part)
             start, count, index = start + len(part), count - len(part), index + 1
@@ -228,6 +255,7 @@ class TokenStream:
 
 
 _REMEDY = "remove the directory and prepare the data again"
+_MEND = f"mend the disk, or {_REMEDY}; the same command then goes on from the last checkpoint"
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -59,6 +59,15 @@ class BlockSlice:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Neighbouring elements of the flat buffers, padding included, that belong to one gradient norm."""
+
+    group: str  # whose norm: embedding, block_07/attention, block_07/mlp, head
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A pre-norm LLaMA: RMSNorm, grouped-query attention with rotary positions, SwiGLU; tied or untied head.
 
@@ -142,6 +151,16 @@ class Architecture:
             slices.append(BlockSlice(name, start, matrices_end, end))
         return tuple(slices)
 
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The flat buffers cut up by gradient norms, in their order; a block's two groups lie in two pieces
+        each, matrices and norm.
+        """
+        starts = [(_norm_group(p), p.offset) for p in self.parameters]
+        firsts = [next(group) for _, group in groupby(starts, key=lambda start: start[0])]
+        ends = [*(start for _, start in firsts[1:]), self.flat_size]
+        return tuple(Segment(group, start, end) for (group, start), end in zip(firsts, ends, strict=True))
+
     @property
     def parameter_count(self) -> int:
         """P: trained numbers, without alignment padding; a tied matrix counts once."""
@@ -167,6 +186,13 @@ class Architecture:
 def block_name(layer: int) -> str:
     """Name of a transformer block: `blocks.07`. Two digits keep names in order up to 100 layers."""
     return f"blocks.{layer:02d}"
+
+
+def _norm_group(parameter: Parameter) -> str:
+    kind, _, number = parameter.block.partition(".")
+    if kind != "blocks":
+        return parameter.block
+    return f"block_{number}/{parameter.name.removeprefix(parameter.block)[1:].partition('.')[0]}"
 
 
 def round_up(value: int, multiple: int) -> int:

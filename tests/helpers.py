@@ -118,8 +118,8 @@ def forward_backward(trainer: Trainer, batches: Sequence[Batch]) -> float:
 
 def gradient_norm(trainer: Trainer) -> float:
     """The L2 norm of the summed gradient over all parameters."""
-    square = trainer.accumulator.squared_norm()
-    return math.sqrt(float(trainer.arena["io.results"][1]) if square is None else square)
+    squares = trainer.accumulator.squared_norms()
+    return math.sqrt(sum(trainer.arena["io.results"][1:].tolist() if squares is None else squares))
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:

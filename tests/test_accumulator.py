@@ -107,7 +107,7 @@ def run_step(sums: TravellingSums, step: int) -> tuple[float, dict[str, torch.Te
     sums.begin(MICRO_BATCHES)
     for micro_batch in range(MICRO_BATCHES):
         run_micro_batch(sums, step, micro_batch)
-    square = sums.squared_norm()
+    square = sum(sums.squared_norms())
     sums.fetch()
     return square, {name: sums.gradient(block).clone() for name, block in sums.blocks.items()}
 

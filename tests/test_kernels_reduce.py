@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -13,10 +15,24 @@ from albor.kernels import reduce
 __all__ = ["empty"]
 
 
+def squared_norms(
+    flat: torch.Tensor, bounds: Sequence[int], programs: Sequence[int], empty: Guarded
+) -> list[float]:
+    """Of the segments between `bounds`, each by so many programs."""
+    table = [
+        (start, end, rank, count)
+        for (start, end), count in zip(pairwise(bounds), programs, strict=True)
+        for rank in range(count)
+    ]
+    out = empty(len(programs), dtype=torch.float64)
+    rows, firsts = (torch.tensor(values, device=DEVICE) for values in (table, [0, *accumulate(programs)]))
+    reduce.squared_norms(flat, rows, firsts, empty(len(table), dtype=torch.float64), out)
+    return out.tolist()
+
+
 def squared_norm(flat: torch.Tensor, programs: int, empty: Guarded) -> float:
-    out = empty(1, dtype=torch.float64)
-    reduce.squared_norm(flat, empty(programs, dtype=torch.float64), out)
-    return out.item()
+    (square,) = squared_norms(flat, [0, flat.numel()], [programs], empty)
+    return square
 
 
 @pytest.mark.parametrize("n", [1, 37, 2048, 5001])
@@ -37,12 +53,22 @@ def test_add_sum_keeps_what_fp32_would_lose(empty: Guarded):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, 37, 16384, 100_003])
+@pytest.mark.parametrize("n", [16, 48, 16384, 100_000])
 @pytest.mark.parametrize("programs", [1, 3, 8])
 def test_squared_norm(n: int, programs: int, dtype: torch.dtype, empty: Guarded):
     flat = randn(n, seed=n, dtype=dtype)
     exact = flat.double().square().sum().item()
     assert math.isclose(squared_norm(flat, programs, empty), exact, rel_tol=5e-7)
+
+
+def test_segments_of_all_sizes_in_one_launch(empty: Guarded):
+    """Each by its own programs, and none sees its neighbours."""
+    bounds, programs = [0, 16, 8192, 8320, 60_000, 60_016], [1, 2, 3, 4, 1]
+    flat = randn(60_016, seed=3)
+    flat[8192:8320] *= 1e6
+    found = squared_norms(flat, bounds, programs, empty)
+    exact = [flat[start:end].double().square().sum().item() for start, end in pairwise(bounds)]
+    assert found == pytest.approx(exact, rel=5e-7)
 
 
 def test_the_error_of_the_norm_does_not_grow_with_the_length(empty: Guarded):

@@ -42,7 +42,7 @@ SUM_THREADS = 8  # that add gradients up in host memory, each with its own scrat
 QUERY_BLOCK = 256  # queries whose attention scores exist at one time on the torch path
 # The kernels' scratch. It depends on no device: a plan, and the order of every sum, is the same on all.
 NORM_PARTIALS = 256  # programs of RMSNorm's backward, two for each multiprocessor of the largest cards
-SUM_PARTIALS = 1024  # programs of the gradient norm
+SUM_PARTIALS = 1024  # programs of the gradient norms, and one more for each
 STAGED_BATCHES = 2  # micro-batches that are on their way to a GPU, or waiting for it
 
 ACTIVATIONS = (
@@ -346,12 +346,14 @@ def _add_training_io(draft: _Draft, config: RunConfig, rows: int, device: str) -
     for name, shape in index:
         draft.add(f"io.{name}", shape, "io", dtype="int64")
     draft.add("io.scale", (1,), "io", dtype=draft.wide_dtype)  # of the loss's gradient
-    draft.add("io.results", (2,), "io", dtype="float64")  # sum of losses, squared norm of the gradient
+    # Sum of losses; squared gradient norm of every segment.
+    results = (1 + len(Architecture.from_config(config.model).segments),)
+    draft.add("io.results", results, "io", dtype="float64")
     if device == "cpu":
         return
     draft.add("io.update", (4,), "io", dtype="float32")  # see UpdateScalars
     draft.add("io.update_seed", (1,), "io", dtype="int64")
-    draft.add("io.staged_results", (2,), "io", dtype="float64", place="pinned")
+    draft.add("io.staged_results", results, "io", dtype="float64", place="pinned")
     batch = [*_batch_shapes(config, rows), *((name, shape, "int64") for name, shape in index)]
     for slot in range(STAGED_BATCHES):
         for name, shape, dtype in batch:
@@ -387,8 +389,13 @@ def _add_gradients(
     )  # a GPU copies to and from page-locked memory alone
     place: Place = "device" if accumulator == "gpu" else host
     draft.add("gradients.accumulator", (model.flat_size,), "gradients", dtype=draft.wide_dtype, place=place)
-    if device == "cuda" and accumulator == "gpu":
-        return  # the weight gradients' GEMMs add to the sums themselves
+    if device == "cuda" and accumulator == "gpu":  # the weight gradients' GEMMs add to the sums themselves
+        programs = norm_programs(model)
+        # See Ops.squared_norms.
+        draft.add("gradients.norm_partials", (sum(programs),), "scratch", dtype="float64")
+        draft.add("gradients.norm_programs", (sum(programs), 4), "scratch", dtype="int64")
+        draft.add("gradients.norm_firsts", (len(programs) + 1,), "scratch", dtype="int64")
+        return
     threads = 1 if device == "cpu" else SUM_THREADS
     draft.add("gradients.widened", (threads, WIDENED), "gradients", dtype=draft.wide_dtype, place="host")
     sizes = {block.name: block.size for block in model.blocks}
@@ -474,6 +481,13 @@ def _add_logits(
         )
 
 
+def norm_programs(model: Architecture) -> list[int]:
+    """How many programs take the gradient norm of each segment: by its size, at least one, so that all end at
+    about the same time.
+    """
+    return [1 + (part.end - part.start) * SUM_PARTIALS // model.flat_size for part in model.segments]
+
+
 def _add_workspace(
     draft: _Draft, config: RunConfig, model: Architecture, device: str, *, trains: bool
 ) -> None:
@@ -490,7 +504,6 @@ def _add_workspace(
         draft.add(
             "workspace.norm_partials", (NORM_PARTIALS, model.hidden_size), "scratch", dtype=draft.wide_dtype
         )
-        draft.add("workspace.sum_partials", (SUM_PARTIALS,), "scratch", dtype="float64")
 
 
 def _add_torch_workspace(draft: _Draft, config: RunConfig, model: Architecture) -> None:

@@ -328,8 +328,20 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def squared_norm(self, flat: torch.Tensor, out: torch.Tensor) -> None:
-        """out (1,) float64 = the sum of the squares of a flat buffer; always in one order."""
+    def squared_norms(
+        self,
+        flat: torch.Tensor,
+        programs: torch.Tensor,
+        firsts: torch.Tensor,
+        partials: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """out (S,) float64 = the sums of the squares of S segments of a flat buffer; always in one order.
+
+        `programs` (P, 4) int64 says of each of P programs where its segment starts and ends, which of the
+        segment's programs it is, and how many they are; the programs of segment s are firsts[s] to
+        firsts[s + 1], firsts (S + 1,) int64. partials (P,) float64 is scratch.
+        """
 
 
 def shaped(scratch: torch.Tensor, *shape: int) -> torch.Tensor:

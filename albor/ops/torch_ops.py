@@ -380,8 +380,17 @@ class TorchOps(Ops):
         if master is not None:
             weights.copy_(master)
 
-    def squared_norm(self, flat: torch.Tensor, out: torch.Tensor) -> None:
-        out.fill_(norm(flat) ** 2)
+    def squared_norms(
+        self,
+        flat: torch.Tensor,
+        programs: torch.Tensor,
+        firsts: torch.Tensor,
+        partials: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        for segment, first in enumerate(firsts[:-1].tolist()):
+            start, end = programs[first, :2].tolist()
+            out[segment] = norm(flat[start:end]) ** 2
 
 
 def _adamw_rounded(

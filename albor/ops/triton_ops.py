@@ -23,7 +23,6 @@ class TritonOps(Ops):
     """The kernels and their scratch."""
 
     norm_partials: torch.Tensor | None  # (NORM_PARTIALS, C) fp32: one row per program of RMSNorm's backward
-    sum_partials: torch.Tensor | None  # (SUM_PARTIALS,) float64: one per program of the norm
     attention_delta: torch.Tensor | None  # (B, H, T) fp32: rowsum(out * d_out)
     update: torch.Tensor | None  # (4,) fp32: what adamw goes by
     update_seed: torch.Tensor | None  # (1,) int64
@@ -40,7 +39,6 @@ class TritonOps(Ops):
             d_query=arena.get("workspace.d_query"),
             causal_mask=mask,
             norm_partials=arena.get("workspace.norm_partials"),
-            sum_partials=arena.get("workspace.sum_partials"),
             attention_delta=arena.get("backward.attention_delta"),
             update=arena.get("io.update"),
             update_seed=arena.get("io.update_seed"),
@@ -204,6 +202,12 @@ class TritonOps(Ops):
             seed=self.update_seed if rounds else None, start=start,
         )  # fmt: skip
 
-    def squared_norm(self, flat: torch.Tensor, out: torch.Tensor) -> None:
-        assert self.sum_partials is not None
-        reduce.squared_norm(flat, self.sum_partials, out)
+    def squared_norms(
+        self,
+        flat: torch.Tensor,
+        programs: torch.Tensor,
+        firsts: torch.Tensor,
+        partials: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        reduce.squared_norms(flat, programs, firsts, partials, out)

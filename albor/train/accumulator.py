@@ -12,15 +12,16 @@ buffer is backward's; after `add` it belongs to the accumulator. There are three
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 
 import torch
 
 from albor import ops
 from albor.architecture import Architecture, BlockSlice, block_name
 from albor.memory.arena import Arena
+from albor.memory.plan import norm_programs
 from albor.ops import Ops
 from albor.train.streams import Event, Streams
 
@@ -31,6 +32,7 @@ class PerBlockGradientAccumulator(ABC):
     def __init__(self, model: Architecture, arena: Arena):
         self.blocks = {block.name: block for block in model.blocks}
         self.sums = arena["gradients.accumulator"]  # flat, wide
+        self.segments = model.segments
         # Between parameters lies alignment padding, which nobody writes: it comes along with whatever it
         # held.
         ends = (*(p.offset for p in model.parameters[1:]), model.flat_size)
@@ -65,9 +67,9 @@ class PerBlockGradientAccumulator(ABC):
         """Backward has written block `name`'s gradient of this micro-batch."""
 
     @abstractmethod
-    def squared_norm(self) -> float | None:
-        """Of the summed gradient over all parameters; None where it is on the device, in io.results[1]. Comes
-        before anything else reads the sums.
+    def squared_norms(self) -> list[float] | None:
+        """Of the summed gradient, one for each of the model's segments; None where they are on the device, in
+        io.results[1:]. Comes before anything else reads the sums.
         """
 
     @abstractmethod
@@ -109,11 +111,10 @@ class HostSums(PerBlockGradientAccumulator):
         else:
             ops.accumulate(self._buffers[name], self.sum_of(name), self._scratch)
 
-    def squared_norm(self) -> float:
+    def squared_norms(self) -> list[float]:
         for name in self.blocks:
             self._clear_padding(name)
-        # Per block, then over the blocks in float64: the order of summation is fixed.
-        return sum(ops.norm(self.sum_of(name)) ** 2 for name in self.blocks)
+        return [ops.norm(self.sums[part.start : part.end]) ** 2 for part in self.segments]
 
     def gradient(self, block: BlockSlice) -> torch.Tensor:
         return self.sum_of(block.name)
@@ -124,7 +125,18 @@ class DeviceSums(PerBlockGradientAccumulator):
 
     def __init__(self, model: Architecture, arena: Arena, operations: Ops):
         super().__init__(model, arena)
-        self._ops, self._square = operations, arena["io.results"][1:]
+        self._ops, self._squares = operations, arena["io.results"][1:]
+        self._programs, self._firsts = arena["gradients.norm_programs"], arena["gradients.norm_firsts"]
+        self._partials = arena["gradients.norm_partials"]
+        counts = norm_programs(model)
+        self._programs.copy_(
+            torch.tensor([
+                (part.start, part.end, rank, count)
+                for part, count in zip(self.segments, counts, strict=True)
+                for rank in range(count)
+            ])
+        )  # fmt: skip
+        self._firsts.copy_(torch.tensor([0, *accumulate(counts)]))
 
     @property
     def adds_itself(self) -> bool:
@@ -133,9 +145,9 @@ class DeviceSums(PerBlockGradientAccumulator):
     def buffer(self, name: str) -> torch.Tensor:
         return self.sum_of(name)
 
-    def squared_norm(self) -> None:
+    def squared_norms(self) -> None:
         # The padding is zero since the run's beginning, for no kernel writes there.
-        self._ops.squared_norm(self.sums, self._square)
+        self._ops.squared_norms(self.sums, self._programs, self._firsts, self._partials, self._squares)
 
     def gradient(self, block: BlockSlice) -> torch.Tensor:
         return self.sum_of(block.name)
@@ -170,7 +182,7 @@ class TravellingSums(PerBlockGradientAccumulator):
         self._freed: list[Event] = [None, None]  # when the update from each of two slots was done
         self._turn = 0
         self._scratch = arena["gradients.widened"].unbind()
-        self._squares: dict[str, float] = {}
+        self._squares: dict[str, list[float]] = {}  # by block: of its segments
         self._remaining = 0
         # One that waits, and those that add; the sums' order is that of the calls of `add`.
         self._waiter = ThreadPoolExecutor(1, "gradients")
@@ -225,14 +237,24 @@ class TravellingSums(PerBlockGradientAccumulator):
             # place is free only after the last block's.
             for back in ("head", name) if name == self._last_block else (name,):
                 self._returned[back] = self._streams.copy_in(self._back[back], self.sum_of(back), arrived)
-        squares = self._adders.map(lambda part: ops.norm(sums[part]) ** 2, parts)
-        self._squares[name] = sum(squares)
+        block = self.blocks[name]
+        pieces = [
+            (number, slice(max(part.start, own.start - block.start), min(part.stop, own.end - block.start)))
+            for number, own in enumerate(s for s in self.segments if block.start <= s.start < block.end)
+            for part in parts
+        ]
+        pieces = [(number, piece) for number, piece in pieces if piece.start < piece.stop]
+        norms = self._adders.map(lambda piece: ops.norm(sums[piece[1]]), pieces)
+        squares = [0.0] * (1 + pieces[-1][0])
+        for (number, _), norm in zip(pieces, norms, strict=True):
+            squares[number] += norm**2
+        self._squares[name] = squares
 
-    def squared_norm(self) -> float:
+    def squared_norms(self) -> list[float]:
         for future in self._summed.values():
             future.result()
         self._summed.clear()
-        return math.fsum(self._squares[name] for name in self.blocks)
+        return [square for name in self.blocks for square in self._squares[name]]
 
     @property
     def resident(self) -> bool:

@@ -37,8 +37,8 @@ class _Rehearsal(Trainer):
             self._micro_batch()
             self.accumulator.end_micro_batch()
         if self.arena.plan.accumulator == "gpu":
-            self.accumulator.squared_norm()
-        self.update(Accumulated(loss=1.0, grad_norm=1.0, gradient_scale=1.0, target_tokens=1), TrainState())
+            self.accumulator.squared_norms()
+        self.update(Accumulated(1.0, 1.0, {}, gradient_scale=1.0, target_tokens=1), TrainState())
 
 
 def record_run(config: RunConfig, plan: MemoryPlan, capability: int) -> dict[Launch, set[Grid]]:

@@ -7,7 +7,7 @@ nothing is read back to the host except the loss and the gradient norm, once, at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from albor import faults
-from albor.architecture import Architecture, block_name
+from albor.architecture import Architecture, Segment, block_name
 from albor.config import RunConfig
 from albor.memory.arena import Arena
 from albor.model.batch import BatchInput
@@ -47,6 +47,7 @@ class StepResult:
 
     loss: float
     grad_norm: float  # before clipping
+    gradient_norms: Mapping[str, float]  # the same of its parts, see `gradient_norms`
     lr: float
     target_tokens: int
     updated: bool  # False: loss or norm was not finite, and the weights are as they were
@@ -58,6 +59,7 @@ class Accumulated:
 
     loss: float  # mean over the global batch's target tokens, in nats
     grad_norm: float  # before clipping
+    gradient_norms: Mapping[str, float]  # see the function of that name
     gradient_scale: float  # the summed gradient times this is the true one
     target_tokens: int
 
@@ -115,12 +117,14 @@ class Trainer:
                 self.accumulator.end_micro_batch()
                 faults.reach("step.micro_batch", state.step + 1)
             arena.enter("clip")
-            square = self.accumulator.squared_norm()
-            loss_sum, square_on_device = self._read_results()
+            squares = self.accumulator.squared_norms()
+            loss_sum, *squares_on_device = self._read_results()
         # From here to the true gradient: the mean over target tokens, without the loss scale.
         gradient_scale = config.tokens_per_step / max(target_tokens, 1) / state.guard.loss_scale
-        norm = math.sqrt(square_on_device if square is None else square) * gradient_scale
-        sums = Accumulated(loss_sum / max(target_tokens, 1), norm, gradient_scale, target_tokens)
+        norm, norms = gradient_norms(
+            self.architecture.segments, squares_on_device if squares is None else squares, gradient_scale
+        )
+        sums = Accumulated(loss_sum / max(target_tokens, 1), norm, norms, gradient_scale, target_tokens)
         return _times(sums, faults.reach("step.accumulated", state.step + 1))
 
     def update(self, sums: Accumulated, state: TrainState) -> tuple[StepResult, TrainState]:
@@ -142,7 +146,7 @@ class Trainer:
                     self._graphs.run("optimizer", lambda: self.optimizer.update(self.accumulator))
                 else:
                     self.optimizer.update(self.accumulator)
-        result = StepResult(sums.loss, sums.grad_norm, lr, sums.target_tokens, updates)
+        result = StepResult(sums.loss, sums.grad_norm, sums.gradient_norms, lr, sums.target_tokens, updates)
         return result, TrainState(state.step + 1, state.updates + int(updates), guard)
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -209,14 +213,33 @@ class Trainer:
             self._d_embedding.zero_()
         self.model.embedding.backward(arena["backward.d_x"], self._index, self._d_embedding)
 
-    def _read_results(self) -> tuple[float, float]:
-        """Sum of losses, squared gradient norm: the one time in a step that the host waits for the device."""
+    def _read_results(self) -> list[float]:
+        """Sum of losses, and the squared gradient norms that are on the device: the one time in a step that
+        the host waits for it.
+        """
         results, staged = self.arena["io.results"], self.arena.get("io.staged_results")
         if staged is not None and self.arena.device.type == "cuda":
             self.streams.host_waits(self.streams.copy_out(staged, results))
             results = staged
-        loss_sum, square = results.tolist()
-        return loss_sum, square
+        read: list[float] = results.tolist()
+        return read
+
+
+def gradient_norms(
+    segments: Sequence[Segment], squares: Sequence[float], scale: float
+) -> tuple[float, dict[str, float]]:
+    """The gradient's L2 norm, and those of the embedding, of every block, of each block's attention and MLP,
+    and of the head: {"embedding": ..., "block_00": ..., "block_00/attention": ..., ..., "head": ...}.
+
+    `squares` are the segments' squared norms, of a gradient of which `scale` times is the true one.
+    """
+    sums: dict[str, float] = {}
+    for segment, square in zip(segments, squares, strict=True):
+        whole = segment.group.partition("/")[0]
+        for group in dict.fromkeys((whole, segment.group)):
+            sums[group] = sums.get(group, 0.0) + square
+    total = sum(squares)  # in the order of the segments, always
+    return math.sqrt(total) * scale, {group: math.sqrt(square) * scale for group, square in sums.items()}
 
 
 def _times(sums: Accumulated, factor: float) -> Accumulated:
@@ -227,6 +250,7 @@ def _times(sums: Accumulated, factor: float) -> Accumulated:
         sums,
         loss=sums.loss * factor,
         grad_norm=sums.grad_norm * factor,
+        gradient_norms={group: norm * factor for group, norm in sums.gradient_norms.items()},
         gradient_scale=sums.gradient_scale * factor,
     )
 

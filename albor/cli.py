@@ -107,6 +107,9 @@ def train(
 
     Ctrl-C (or SIGTERM) saves a checkpoint and exits with 75; the same command then goes on, bit for bit.
     """
+    from albor.train.signals import StopRequest
+
+    stop = StopRequest()  # train.max_hours counts from here
     from albor.configfile import dump_config, load_config
     from albor.memory.estimate import check_fits, plan_for_training
     from albor.memory.report import render
@@ -126,14 +129,16 @@ def train(
     if target.fallback:
         console.out(target.fallback, highlight=False)
 
-    from albor.train.run import print_outcome, run_training
-
     given = config.read_text(encoding="utf-8")
     if overrides:
         given += "".join(f"\n# override: {override}" for override in overrides) + "\n"
-    outcome = run_training(
-        run, given, target.plan, target.device, resume, console, as_json=as_json, peak_flops=target.peak_flops
-    )
+    with stop:
+        from albor.train.run import print_outcome, run_training  # torch, which takes seconds
+
+        outcome = run_training(
+            run, given, target.plan, target.device, resume, console, stop,
+            as_json=as_json, peak_flops=target.peak_flops,
+        )  # fmt: skip
     if as_json:
         print(json.dumps(outcome.as_json()))
     else:
@@ -385,16 +390,27 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="albor, albor-host, hf, hf-compile, hf-liger, torch-compile, torch-chunked, torch-autotune, "
-            "torch-autocast, litgpt, reference. [default: one of each kind]",
+            help="albor, albor-host, hf, hf-compile, hf-liger, torch-compile, torch-chunked, torch-graphs, "
+            "torch-autotune, torch-autocast, litgpt, reference. [default: one of each kind]",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps that are measured, after 10 to warm up.")] = 20,
+    steps: Annotated[int, typer.Option(min=2, help="Steps that are measured.")] = 20,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before them that are not.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each system; a second has warm caches.")] = 1,
+    reference_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of the fp32 reference, which is slow; at most all.")
+    ] = 20,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Systems of which one more step is profiled, kernel by kernel."),
+    ] = None,
     time_limit: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Start nothing after this time; the same command goes on."),
+        typer.Option(metavar="SECONDS", help="End within this time; the same command then goes on."),
     ] = None,
+    run_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="End a single run that takes longer.")
+    ] = 600,
     calibrate_only: Annotated[
         bool, typer.Option("--calibrate-only", help="Time GEMMs, attention and copies, and no system.")
     ] = False,
@@ -409,7 +425,7 @@ def bench(
 
     \b
     albor bench configs/quickstart.yaml --peers albor,torch-compile
-    albor bench --models 350m,350m-mb4 --time-limit 500
+    albor bench --models 350m,350m-mb4 --profile albor --time-limit 540
     albor bench --models 350m --calibrate-only --json
     albor bench --modelled H100
 
@@ -418,7 +434,7 @@ def bench(
     import shlex
 
     from albor.bench.command import (
-        WARMUP_STEPS,
+        Request,
         find_card,
         find_cases,
         find_peers,
@@ -427,22 +443,25 @@ def bench(
         run_bench,
     )
 
-    cases = find_cases(config, overrides or [], models, WARMUP_STEPS + steps)
+    cases = find_cases(config, overrides or [], models, warmup + steps)
     if modelled is not None:
         figures = model_cases(cases, find_card(modelled))
         print(json.dumps(figures) if as_json else "\n".join(modelled_lines(figures)))
         return
     console = _console(stderr=as_json)
-    report = run_bench(
-        cases,
-        find_peers(peers),
-        out,
+    request = Request(
         steps=steps,
+        warmup=warmup,
         rounds=rounds,
+        reference_steps=reference_steps,
+        profiled=find_peers(profile, (), "--profile"),
         time_limit=time_limit,
+        run_timeout=run_timeout,
         calibrate_only=calibrate_only,
         command=shlex.join(["albor", *sys.argv[1:]]),
-        say=lambda line: console.out(line, highlight=False),
+    )
+    report = run_bench(
+        cases, find_peers(peers), out, request, lambda line: console.out(line, highlight=False)
     )
     if as_json:
         print(json.dumps(report))

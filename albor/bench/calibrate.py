@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,20 +18,19 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from albor.bench.cases import Case
-from albor.bench.floor import SDPA_BACKENDS, Attention, Calibration, Gemm, Operation, Traffic, step_work
-from albor.bench.protocol import OWN
+from albor.bench.floor import Attention, Calibration, Gemm, Operation, Traffic, step_work
+from albor.bench.protocol import CALIBRATE_AGAIN, OWN
+from albor.bench.sdpa import SDPA, only
 from albor.config import RunConfig
 from albor.memory.arena import Arena
 from albor.memory.plan import head_chunk_tokens, plan_training
 from albor.ops import make_ops
 
-_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-SDPA = dict(zip(SDPA_BACKENDS, _BACKENDS, strict=True))
 _REPEATS = 5
 _SECONDS = {"cuda": 0.03, "cpu": 0.01}  # that one repeat takes at least
+_MOST_IN_GRAPH = 2000  # calls
 # Bytes read and written by a copy. The largest is more than any cache, and the copies walk through memory of
 # several times that, so that none finds its data where the one before left it.
 _TRAFFIC = {"cuda": [2**n for n in range(20, 31)], "cpu": [2**n for n in range(16, 27, 2)]}
@@ -106,20 +106,40 @@ def _measure_gemm(c: Calibration, gemm: Gemm, device: str) -> str:
 
 
 def _measure_attention(c: Calibration, shape: Attention, backend: str, device: str) -> str:
-    outcome = time_attention(shape, backend, getattr(torch, c.dtype), device)
-    c.attention.setdefault(shape, {})[backend] = outcome
+    times = c.attention.setdefault(shape, {})
+    try:
+        outcome = times[backend] = time_attention(shape, backend, getattr(torch, c.dtype), device)
+    except Exception as error:
+        times[backend] = _first_line(error)  # or the next process would run into it again
+        raise
     return outcome if isinstance(outcome, str) else _rate(shape.flops, outcome)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _rate(flops: float, seconds: float) -> str:
     return f"{flops / seconds / 1e12:,.3g} TFLOP/s"
 
 
-def seconds_per_call(call: Callable[[], Any], device: str) -> float:
-    """The median over repeats of many calls back to back, after warming up."""
+def seconds_per_call(call: Callable[[], Any], device: str, *, graphed: bool = True) -> float:
+    """The median over repeats of many calls back to back, after warming up.
+
+    On CUDA the calls are replayed as a graph, as in albor's step: what the host needs to start a kernel is no
+    part of the kernel's time. `graphed=False` is for what cannot be captured.
+    """
     for _ in range(3):
         call()
     count = max(1, int(_SECONDS[device] / max(_timed(call, 3, device), 1e-7)))
+    if device == "cuda" and graphed:
+        count = min(count, _MOST_IN_GRAPH)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        graph.replay()
+        return statistics.median(_timed(graph.replay, 1, device) / count for _ in range(_REPEATS))
     return statistics.median(_timed(call, count, device) for _ in range(_REPEATS))
 
 
@@ -171,13 +191,13 @@ def time_attention(shape: Attention, backend: str, dtype: torch.dtype, device: s
     try:
         if backend == OWN:
             return _time_own_attention(shape, dtype, device)
-        with warnings.catch_warnings(), sdpa_kernel(SDPA[backend]):
+        with warnings.catch_warnings(), only(backend):
             warnings.simplefilter("ignore")  # it explains at length why a backend is not available
             return _time_sdpa(shape, dtype, device)
     except Exception as error:  # whatever a backend raises, the others are to be measured
         if "CUDA error" in str(error):  # after which nothing works in this process
             raise
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return _first_line(error)
 
 
 def _time_sdpa(shape: Attention, dtype: torch.dtype, device: str) -> float:
@@ -192,17 +212,18 @@ def _time_sdpa(shape: Attention, dtype: torch.dtype, device: str) -> float:
             query, key, value, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
         )
 
+    # Autograd runs a backward on the stream of its forward, which is not the one that captures.
     if shape.direction == "forward":
-        return seconds_per_call(forward, device)
+        return seconds_per_call(forward, device, graphed=False)
     out = forward()
     d_out = _random(*out.shape, dtype=dtype, device=device)
     return seconds_per_call(
-        lambda: torch.autograd.grad(out, (query, key, value), d_out, retain_graph=True), device
+        lambda: torch.autograd.grad(out, (query, key, value), d_out, retain_graph=True), device, graphed=False
     )
 
 
 def _time_own_attention(shape: Attention, dtype: torch.dtype, device: str) -> float:
-    """albor's own, in the buffers of a model of one block."""
+    """albor's own kernels, in the buffers of a model of one block."""
     config = RunConfig.model_validate({
         "name": "calibrate",
         "model": {
@@ -211,7 +232,8 @@ def _time_own_attention(shape: Attention, dtype: torch.dtype, device: str) -> fl
             "max_position_embeddings": shape.length,
         },
         "data": {"sequence_length": shape.length},
-        "train": {"max_steps": 1_000, "micro_batch_size": shape.batch},
+        "train": {"max_steps": 1_000, "micro_batch_size": shape.batch}
+        | ({"attention": "triton"} if device == "cuda" else {}),
     })  # fmt: skip
     plan = plan_training(config, "cuda" if device == "cuda" else "cpu", str(dtype).removeprefix("torch."))
     arena = Arena(plan, device)
@@ -255,7 +277,10 @@ def _link(to: str, source: str) -> Callable[[str], float]:
         size = _LINK_BYTES[device]
         host = torch.ones(size, dtype=torch.uint8, pin_memory=True)
         ends = {"host": host, "device": torch.ones(size, dtype=torch.uint8, device=device)}
-        return size / seconds_per_call(lambda: ends[to].copy_(ends[source], non_blocking=True), device)
+        seconds = seconds_per_call(
+            lambda: ends[to].copy_(ends[source], non_blocking=True), device, graphed=False
+        )
+        return size / seconds
 
     return measure
 
@@ -278,7 +303,8 @@ def main() -> int:
     """`python -m albor.bench.calibrate JOB.json`: its own process, so that nothing of it stays on the card.
 
     The job names the configurations, the device, the dtype, the file that is filled, and when to stop
-    measuring.
+    measuring. Returns CALIBRATE_AGAIN where the card refuses this process all further work; another can
+    go on.
     """
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     path, device = Path(job["out"]), job["device"]
@@ -291,7 +317,13 @@ def main() -> int:
         print(line, flush=True)
         calibration.save(path)
 
-    calibrate(calibration, cases, device, done, lambda: time.time() < job["until"])
+    before = calibration.refusals()
+    try:
+        calibrate(calibration, cases, device, done, lambda: time.time() < job["until"])
+    except Exception:
+        traceback.print_exc()
+        calibration.save(path)
+        return CALIBRATE_AGAIN if calibration.refusals() > before else 1
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,6 @@ from albor.errors import ConfigError, Problem
 from albor.memory.devices import compute_dtype, this_machine
 from albor.memory.plan import head_chunk_tokens
 
-WARMUP_STEPS = 10
-
 
 def find_cases(config: Path | None, overrides: Sequence[str], models: str | None, steps: int) -> list[Case]:
     """A configuration file's case, or the named ones, or all standard ones. Raises ConfigError."""
@@ -27,26 +26,34 @@ def find_cases(config: Path | None, overrides: Sequence[str], models: str | None
     return [find_case(name, steps) for name in (models.split(",") if models is not None else STANDARD)]
 
 
-def find_peers(names: str | None) -> tuple[str, ...]:
+def find_peers(
+    names: str | None, default: tuple[str, ...] = DEFAULT, key: str = "--peers"
+) -> tuple[str, ...]:
     """The named systems, or the default ones. Raises ConfigError for one that does not exist."""
-    peers = tuple(dict.fromkeys(names.split(","))) if names is not None else DEFAULT
+    peers = tuple(dict.fromkeys(names.split(","))) if names is not None else default
     for peer in peers:
         if peer not in PEERS:
-            raise _wrong("--peers", f"{peer!r} is not a system of the benchmark", f"use {', '.join(PEERS)}")
+            raise _wrong(key, f"{peer!r} is not a system of the benchmark", f"use {', '.join(PEERS)}")
     return peers
 
 
+@dataclass(frozen=True)
+class Request:
+    """The options of the command line, as they were given."""
+
+    steps: int
+    warmup: int
+    rounds: int
+    reference_steps: int
+    profiled: tuple[str, ...]
+    time_limit: float | None
+    run_timeout: float
+    calibrate_only: bool
+    command: str
+
+
 def run_bench(
-    cases: list[Case],
-    peers: tuple[str, ...],
-    out: Path,
-    *,
-    steps: int,
-    rounds: int,
-    time_limit: float | None,
-    calibrate_only: bool,
-    command: str,
-    say: Callable[[str], None],
+    cases: list[Case], peers: tuple[str, ...], out: Path, request: Request, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Runs the protocol on the device that the cases ask for, and returns the report."""
     from albor.bench.run import run_benchmark
@@ -65,12 +72,15 @@ def run_bench(
         out=out,
         device=device,
         dtype=compute_dtype(config.train.precision, device),
-        warmup=WARMUP_STEPS,
-        steps=steps,
-        rounds=rounds,
-        time_limit=time_limit,
-        systems=not calibrate_only,
-        command=command,
+        warmup=request.warmup,
+        steps=request.steps,
+        rounds=request.rounds,
+        reference_steps=min(request.reference_steps, request.warmup + request.steps),
+        profiled=request.profiled,
+        time_limit=request.time_limit,
+        run_timeout=request.run_timeout,
+        systems=not request.calibrate_only,
+        command=request.command,
     )
     return run_benchmark(options, say)
 

@@ -237,6 +237,10 @@ class Calibration:
         value = self.attention.get(shape, {}).get(backend) if backend is not None else None
         return value if isinstance(value, float) else None
 
+    def refusals(self) -> int:
+        """How often a backend could not compute a shape."""
+        return sum(isinstance(value, str) for times in self.attention.values() for value in times.values())
+
     def _moving(self, size: int) -> float:
         """Between the measured sizes linearly, above them at the largest one's rate, below them as long as
         the smallest, which is the time of starting a kernel.

@@ -21,6 +21,11 @@ _PACKAGES = (
     "torch", "triton", "numpy", "transformers", "accelerate", "liger-kernel", "litgpt", "lightning",
 )  # fmt: skip
 _INTERVAL = 0.5  # seconds between two looks at the card
+# What a system other than albor consists of, as far as it is ours: what it runs, and what it starts from.
+_PEER_SOURCES = (
+    "bench/peer.py", "bench/peers/", "bench/recorder.py", "bench/workload.py", "architecture.py",
+    "model/parameters.py", "seeds.py",
+)  # fmt: skip
 
 
 def chosen_gpu() -> GpuFacts | None:
@@ -36,6 +41,7 @@ def facts(device: str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "code": code_digest(),
+        "peer_code": code_digest(_PEER_SOURCES),
         "device": gpu.name if gpu is not None else _processor(),
         "is_gpu": gpu is not None,
         "driver": driver.version if gpu is not None else None,
@@ -49,15 +55,19 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
-def code_digest() -> str:
-    """A hash of the package's source files: results of different code are never mixed."""
+def code_digest(among: tuple[str, ...] = ("",)) -> str:
+    """A hash of the package's source files whose path begins with one of `among`: results of different code
+    are never mixed.
+    """
     digest = hashlib.sha256()
     root = Path(albor.__file__).parent
     for folder, _, names in sorted(os.walk(root, followlinks=True)):  # kernels is a link in a checkout
         for name in sorted(names):
             if name.endswith(".py"):
                 path = Path(folder) / name
-                digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+                inside = path.relative_to(root).as_posix()
+                if inside.startswith(among):
+                    digest.update(inside.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

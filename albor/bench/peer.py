@@ -19,33 +19,30 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    import torch
-
-    from albor.bench.floor import SDPA_BACKENDS
     from albor.bench.peers import PEERS
     from albor.bench.recorder import Recorder
+    from albor.bench.sdpa import preferring
     from albor.bench.workload import Spec
 
     spec = Spec.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-    recorder = Recorder(spec.device, out)
+    recorder = Recorder(spec.device, out, spec.steps if spec.profile else None)
     try:
-        if spec.attention is not None:
-            for backend in SDPA_BACKENDS:  # the math backend stays on, for shapes that this one refuses
-                getattr(torch.backends.cuda, f"enable_{backend}_sdp")(backend == spec.attention)
-        PEERS[name](spec, recorder)
+        with preferring(spec.attention):
+            PEERS[name](spec, recorder)
         recorder.finish()
     except Exception as error:
         traceback.print_exc()
-        recorder.emit("failed", error=_explain(error))
+        recorder.emit("failed", **_explain(error))
         return 1
     return 0
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception) -> dict[str, str | None]:
+    """In a line; `missing` is the library that is not installed, if that is what is wrong."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed; pip install 'albor[bench]'"
+        return {"missing": error.name, "error": f"{error.name}; docs/performance.md says how to get it"}
     first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"
+    return {"missing": None, "error": f"{type(error).__name__}: {first}"}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ from typing import Any, TextIO
 
 import torch
 
+from albor.bench.profile import StepProfile
+
 LOG_EVERY = 10  # steps between two looks at the loss, in every system
+
+Value = torch.Tensor | float
 
 
 class Recorder:
@@ -20,13 +24,16 @@ class Recorder:
     LOG_EVERY steps, as a training script would.
     """
 
-    def __init__(self, device: str, out: TextIO):
+    def __init__(self, device: str, out: TextIO, profiled_step: int | None = None):
+        """`profiled_step` counts from 1; of that step the profiler says where its time went."""
         self._cuda = device == "cuda"
         self._out = out
-        self._losses: list[torch.Tensor | float] = []  # of the current step's micro-batches
-        self._pending: list[tuple[list[torch.Tensor | float], Any]] = []
+        self._losses: list[Value] = []  # of the current step's micro-batches
+        self._pending: list[tuple[list[Value], Value | None, Any]] = []
         self._steps = 0
         self._last: Any = None
+        self._profiled_step = profiled_step
+        self._profile = StepProfile(device) if profiled_step is not None else None
 
     def note(self, **facts: Any) -> None:
         """Something that a reader of the results should know about how this system ran."""
@@ -36,19 +43,27 @@ class Recorder:
         """Call this right before the first step."""
         self._last = self._mark()
 
-    def add_loss(self, loss: torch.Tensor | float) -> None:
+    def add_loss(self, loss: Value) -> None:
         """A micro-batch's share of the current step's mean loss."""
         self._losses.append(loss.detach() if isinstance(loss, torch.Tensor) else loss)
 
-    def end_step(self) -> None:
-        """Call this when a step has been issued, optimizer included."""
-        self._pending.append((self._losses, self._mark()))
+    def end_step(self, norm: Value | None = None) -> None:
+        """Call this when a step has been issued, optimizer included. `norm` is the gradient's, unclipped."""
+        if isinstance(norm, torch.Tensor):
+            norm = norm.detach()
+        self._pending.append((self._losses, norm, self._mark()))
         self._losses = []
         self._steps += 1
         if self._steps == 1 or self._steps % LOG_EVERY == 0:
             self._flush()
         if self._steps == 1:
             self.emit("first_step", at=time.time())
+        if self._profile is not None and self._profiled_step is not None:
+            if self._steps == self._profiled_step - 1:
+                self._flush()
+                self._profile.start()
+            elif self._steps == self._profiled_step:
+                self.emit("profile", found=self._profile.stop())
 
     def finish(self) -> None:
         """Call this after the last step."""
@@ -75,8 +90,9 @@ class Recorder:
     def _flush(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
-        for losses, mark in self._pending:
+        for losses, norm, mark in self._pending:
             seconds = self._last.elapsed_time(mark) / 1e3 if self._cuda else mark - self._last
             self._last = mark
-            self.emit("step", loss=sum(float(loss) for loss in losses), seconds=seconds)
+            total = sum(float(loss) for loss in losses)
+            self.emit("step", loss=total, norm=None if norm is None else float(norm), seconds=seconds)
         self._pending.clear()

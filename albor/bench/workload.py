@@ -48,6 +48,7 @@ class Spec:
     steps: int
     compile_backend: str = "inductor"  # of torch.compile; tests take one that generates no code
     attention: str | None = None  # the SDPA backend that was measured to be fastest; None: PyTorch chooses
+    profile: bool = False  # whether torch.profiler records the last step
 
     def as_json(self) -> dict[str, Any]:
         """What the file holds."""
@@ -97,11 +98,12 @@ def packed_weights(path: str, model: Architecture) -> Iterator[tuple[Parameter, 
 
 
 def write_tokens(path: Path, count: int, vocab_size: int, seed: int = 0) -> None:
-    """`count` token ids as a .npy file of the narrowest dtype that holds the vocabulary."""
-    rng = np.random.default_rng(seed)
-    drawn = np.minimum(rng.zipf(1.3, count), vocab_size) - 1
-    following = np.roll(drawn, 1) * 7 % vocab_size
-    tokens = np.where(rng.random(count) < 0.5, drawn, following)
+    """`count` token ids as a .npy file of the narrowest dtype that holds the vocabulary. A larger file begins
+    with the same tokens.
+    """
+    words, coins = (np.random.default_rng((seed, stream)) for stream in range(2))
+    drawn = np.minimum(words.zipf(1.3, count + 1), vocab_size) - 1
+    tokens = np.where(coins.random(count) < 0.5, drawn[1:], drawn[:-1] * 7 % vocab_size)
     np.save(path, tokens.astype(np.uint16 if vocab_size <= 2**16 else np.uint32), allow_pickle=False)
 
 

@@ -32,6 +32,7 @@ PEERS: dict[str, Peer] = {
     "hf-liger": _hf(liger=True),
     "torch-compile": _plain(),
     "torch-chunked": _plain(head_chunk=8192),
+    "torch-graphs": _plain(mode="reduce-overhead"),
     "torch-autotune": _plain(mode="max-autotune-no-cudagraphs"),
     "torch-autocast": _plain(autocast=True),
     "litgpt": _peer("litgpt"),
@@ -46,9 +47,18 @@ TITLES = {
     "hf-liger": "HF Trainer + Liger",
     "torch-compile": "plain torch loop, torch.compile",
     "torch-chunked": "plain torch loop, torch.compile, chunked loss",
+    "torch-graphs": "plain torch loop, torch.compile, CUDA graphs",
     "torch-autotune": "plain torch loop, torch.compile max-autotune",
     "torch-autocast": "plain torch loop, torch.compile, autocast",
     "litgpt": "litgpt, torch.compile",
     "reference": "plain torch, fp32, eager",
+}
+# What each needs beyond torch, as packages are called.
+_TRANSFORMERS = ("transformers", "accelerate")
+LIBRARIES = {
+    "hf": _TRANSFORMERS,
+    "hf-compile": _TRANSFORMERS,
+    "hf-liger": (*_TRANSFORMERS, "liger-kernel"),
+    "litgpt": ("litgpt", "lightning"),
 }
 DEFAULT = ("albor", "hf", "hf-compile", "hf-liger", "torch-compile", "litgpt", "reference")

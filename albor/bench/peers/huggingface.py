@@ -29,7 +29,7 @@ class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": tokens, "labels": targets, "shift_labels": targets}
 
 
-def make_model(spec: Spec) -> Any:
+def make_model(spec: Spec, attention: str = "sdpa") -> Any:
     """LlamaForCausalLM in fp32, with the workload's weights."""
     transformers = import_module("transformers")
     model = Architecture.from_config(spec.config.model)
@@ -42,13 +42,25 @@ def make_model(spec: Spec) -> Any:
         )
     }  # fmt: skip
     llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**shape, use_cache=False, attn_implementation="sdpa")
+        transformers.LlamaConfig(**shape, use_cache=False, attn_implementation=attention)
     )
     found = llama.load_state_dict(read_weights(spec.weights), strict=False)
     tied = ["lm_head.weight"] if model.tie_word_embeddings else []
     if set(found.missing_keys) - set(tied) or found.unexpected_keys:
         raise RuntimeError(f"the weights do not fit LlamaForCausalLM: {found}")
     return llama
+
+
+def _maskless() -> str:
+    """The name of SDPA without a mask, which then is causal by its flag.
+
+    Under torch.compile transformers hands a mask over (`masking_utils._ignore_causal_mask_sdpa`; 5.23 does so
+    for torch before 2.14), and with a mask there is neither flash attention nor grouped heads. A peer is to
+    be as fast as it can, so this one is spared the mask, in the way that transformers has for it.
+    """
+    sdpa = import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
+    import_module("transformers").AttentionInterface.register("sdpa_without_mask", sdpa)
+    return "sdpa_without_mask"
 
 
 def train(spec: Spec, recorder: Recorder, *, compiled: bool = False, liger: bool = False) -> None:
@@ -59,7 +71,7 @@ def train(spec: Spec, recorder: Recorder, *, compiled: bool = False, liger: bool
     transformers = import_module("transformers")  # a library that need not be there
     o, t = spec.config.optimizer, spec.config.train
     cuda = spec.device == "cuda"
-    model = make_model(spec)
+    model = make_model(spec, _maskless() if compiled else "sdpa")
 
     class Recorded(transformers.Trainer):  # type: ignore[name-defined]
         def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:

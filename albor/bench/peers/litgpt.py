@@ -1,7 +1,7 @@
 """litgpt: its GPT, its loss and the loop of its `pretrain` command, step for step, through Fabric.
 
-In bf16-mixed, so that there are fp32 masters as everywhere else; its default, bf16-true, keeps none. Weight
-decay is for matrices, as everywhere else.
+In bf16-mixed, its default for training, which keeps fp32 weights as everywhere else. Weight decay is for
+matrices, as everywhere else.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def train(spec: Spec, recorder: Recorder) -> None:
                 loss = utils.chunked_cross_entropy(gpt(batch), targets) / train.gradient_accumulation_steps
                 fabric.backward(loss)
             recorder.add_loss(loss)
+        norm = None
         if optimization.grad_clip > 0:
-            fabric.clip_gradients(gpt, optimizer, max_norm=optimization.grad_clip)
+            norm = fabric.clip_gradients(gpt, optimizer, max_norm=optimization.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        recorder.end_step()
+        recorder.end_step(norm)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from albor.architecture import Architecture
 from albor.bench.recorder import Recorder
 from albor.bench.workload import Spec, Tokens, packed_weights
 from albor.memory.arena import Arena
-from albor.memory.devices import resolve_accumulator, this_machine
-from albor.memory.plan import plan_training
+from albor.memory.devices import this_machine
+from albor.memory.estimate import Estimate
+from albor.memory.suggest import apply
 from albor.model.parameters import clear, master_weights, view
 from albor.train.guard import GuardState
 from albor.train.step import Trainer, TrainState
 
 
-def train(spec: Spec, recorder: Recorder, accumulator: Literal["cpu"] | None = None) -> None:
+def train(spec: Spec, recorder: Recorder, accumulator: str | None = None) -> None:
     """`accumulator` sums gradients there; None: as configured."""
-    config = spec.config
-    hardware = this_machine("cuda" if spec.device == "cuda" else "cpu")
-    place = accumulator or resolve_accumulator(config, hardware, spec.dtype)
-    plan = plan_training(config, hardware.device, spec.dtype, place)
+    config = apply(spec.config, {} if accumulator is None else {"train.accumulator": accumulator})
+    plan = Estimate.of(config, this_machine("cuda" if spec.device == "cuda" else "cpu")).plan
+    assert plan.compute_dtype == spec.dtype
     recorder.note(
-        accumulator=place, planned_device_bytes=plan.size("device"), recompute=config.train.recompute
+        accumulator=plan.accumulator,
+        planned_device_bytes=plan.size("device"),
+        recompute=config.train.recompute,
     )
     trainer = Trainer(config, Arena(plan, spec.device))
     clear(trainer.arena)
@@ -40,4 +40,4 @@ def train(spec: Spec, recorder: Recorder, accumulator: Literal["cpu"] | None = N
         if not result.updated:
             raise RuntimeError(f"step {step + 1} was skipped: loss {result.loss}, norm {result.grad_norm}")
         recorder.add_loss(result.loss)
-        recorder.end_step()
+        recorder.end_step(result.grad_norm)

@@ -155,10 +155,9 @@ def make_optimizer(parameters: list[torch.Tensor], spec: Spec) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
-def clip(parameters: list[torch.Tensor], largest: float) -> None:
-    """Scales the gradients down to a global norm of `largest`; 0: not at all."""
-    if largest > 0:
-        torch.nn.utils.clip_grad_norm_(parameters, largest, foreach=True)
+def clip(parameters: list[torch.Tensor], largest: float) -> torch.Tensor | None:
+    """Scales the gradients down to a global norm of `largest`, and returns what it was; 0: does nothing."""
+    return torch.nn.utils.clip_grad_norm_(parameters, largest, foreach=True) if largest > 0 else None
 
 
 def train(
@@ -212,13 +211,13 @@ def train(
                 recorder.add_loss(loss)
             if masters:
                 _collect(masters, parameters, first=micro_step == 0)
-        clip(updated, spec.config.optimizer.grad_clip)
+        norm = clip(updated, spec.config.optimizer.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         if masters:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, masters)
-        recorder.end_step()
+        recorder.end_step(norm)
 
 
 def _collect(masters: list[torch.Tensor], parameters: list[torch.Tensor], *, first: bool) -> None:

@@ -118,14 +118,13 @@ def run_training(
             raise  # recorded where they arose
         except BaseException as error:
             log.event("failed", session.state.step, error=f"{type(error).__name__}: {error}")
-            raise
             if is_out_of_memory(error):
                 raise AlborError(_explain_shortage(error, session)) from error
+            raise
         log.event("finished", session.state.step)
     return outcome
 
 
-def _train_and_report(
 def _explain_shortage(error: BaseException, session: Session) -> str:
     saved = [path.name for path in list_checkpoints(session.directory / CHECKPOINTS)][-1:]
     goes_on = f"goes on from {saved[0]}" if saved else "starts anew, for there is no checkpoint yet"
@@ -136,6 +135,7 @@ def _explain_shortage(error: BaseException, session: Session) -> str:
     )
 
 
+def _train_and_report(
     session: Session, log: MetricsLog, display: Display, stop: StopRequest, peak_flops: float | None
 ) -> Outcome:
     loop = Loop(session, log, display, stop, peak_flops)

@@ -22,7 +22,8 @@ from albor.memory.shortage import give_back, is_out_of_memory
 from albor.model.decode import Decoder
 from albor.seeds import derive_seed
 from albor.train.display import Display
-from albor.train.metrics import MetricsLog, read_rows
+from albor.train.metrics import MetricsLog
+from albor.train.saver import Saver
 from albor.train.session import Session
 from albor.train.signals import Stopped, StopRequest
 from albor.train.step import Batch, StepResult
@@ -114,7 +115,7 @@ class Loop:
         step, config = self.session.state.step, self.session.config
         if step == 0 or (step % config.evaluate.every_steps and step < config.steps):
             return
-        rows = [row for row in read_rows(self.log.metrics_path) if row["step"] == step and "val/loss" in row]
+        rows = [row for row in self.log.rows() if row["step"] == step and "val/loss" in row]
         if not rows:
             self._evaluate()
         elif rows[-1]["val/loss"] is not None:

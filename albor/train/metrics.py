@@ -4,7 +4,7 @@
     {"event": "checkpoint", "step": 120, "time": "2026-01-31T12:00:00+00:00", "path": "..."}
 
 Every line is valid JSON. What is not known is null, never 0; a NaN or an infinity is null too, and the row
-says so under `non_finite`. A log that cannot be written is reported once and never stops the training.
+says so under `non_finite`. A log that cannot be written or read is reported once and never stops the training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def _print_to_stderr(message: str) -> None:
 
 
 class MetricsLog:
-    """The two logs in `run_dir`. The first time that one cannot be written, `on_failure` gets a message."""
+    """The two logs in `run_dir`. The first time that one cannot be written or read, `on_failure` gets a
+    message.
+    """
 
     def __init__(self, run_dir: Path, on_failure: Callable[[str], None] = _print_to_stderr):
         self.metrics_path = run_dir / METRICS
@@ -61,6 +63,19 @@ class MetricsLog:
         """
         self._attempt(self.metrics_path, lambda path: _keep_rows(path, step))
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds, oldest first; nothing where it cannot be read, which is reported too."""
+        return self._read(self.metrics_path)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What events.jsonl holds, likewise."""
+        return self._read(self.events_path)
+
+    def _read(self, path: Path) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        self._attempt(path, lambda path: found.extend(read_rows(path)))
+        return found
+
     def _attempt(self, path: Path, write: Callable[[Path], None]) -> None:
         try:
             write(path)
@@ -68,7 +83,7 @@ class MetricsLog:
             if not self._failed:
                 self._failed = True
                 self._on_failure(
-                    f"cannot write {path}: {error.strerror or error}; training goes on, and the log has gaps"
+                    f"cannot use {path}: {error.strerror or error}; training goes on, and the log has gaps"
                 )
 
 

@@ -175,7 +175,7 @@ def _report(session: Session, log: MetricsLog, stop: StopRequest) -> Outcome:
     """
     config = session.config
     validation = evaluate_session(session, config.evaluate.final_batches, stop)
-    rows = list(read_rows(log.metrics_path))
+    rows = log.rows()
     return Outcome(
         directory=session.directory,
         checkpoint=session.directory / CHECKPOINTS / checkpoint_name(session.state.step),

@@ -167,12 +167,18 @@ def precompile(launches: Iterable[Launch], workers: int) -> None:
     """Compiles `launches` in `workers` threads (Triton's passes and ptxas leave Python's lock alone).
 
     The launches' capability has to be that of the current driver: on a machine with a GPU, its own. There, a
-    later launch finds its kernel in memory.
+    later launch finds its kernel loaded, and its launcher built (Triton 3.6 compiles one for each signature).
     """
     device = driver.active.get_current_device()
+
+    def make_ready(launch: Launch) -> None:
+        kernel = compile_launch(launch)
+        if not isinstance(driver.active, _DriverWithoutDevice):
+            kernel._init_handles()
+
     # A new thread's current CUDA device is device 0.
     with ThreadPoolExecutor(
         workers, initializer=driver.active.set_current_device, initargs=(device,)
     ) as pool:
-        for _ in pool.map(compile_launch, launches):
+        for _ in pool.map(make_ready, launches):
             pass

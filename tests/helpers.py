@@ -107,12 +107,13 @@ def forward_backward(trainer: Trainer, batches: Sequence[Batch]) -> float:
     """The mean loss of `batches`; its gradient is then in the accumulator. No weight moves."""
     counted = sum(int((targets != IGNORED_TARGET).sum()) for _, targets in batches)
     trainer.accumulator.begin(len(batches))
-    trainer.arena["io.scale"].fill_(1.0 / counted)
-    trainer.arena["io.results"].zero_()
-    for batch in batches:
-        trainer.input.load(*batch)
-        trainer._micro_batch()
-        trainer.accumulator.end_micro_batch()
+    with trainer.streams.computing():
+        trainer.arena["io.scale"].fill_(1.0 / counted)
+        trainer.arena["io.results"].zero_()
+        for batch in batches:
+            trainer.input.load(*batch)
+            trainer._micro_batch()
+            trainer.accumulator.end_micro_batch()
     return float(trainer.arena["io.results"][0]) / counted
 
 

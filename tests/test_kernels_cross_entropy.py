@@ -72,7 +72,8 @@ def test_the_forward_gives_the_same_losses_and_leaves_the_logits(
     cross_entropy.forward(logits, targets, losses, **how)
     assert torch.equal(logits, values)
     cross_entropy.forward_backward(logits, targets, again, scale_of(), **how)
-    assert torch.equal(losses, again)
+    # Two kernels, in which the compiler may contract different operations.
+    torch.testing.assert_close(losses, again, rtol=1e-6, atol=1e-6)
     assert not torch.equal(logits, values)
 
 

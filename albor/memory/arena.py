@@ -10,6 +10,7 @@ import weakref
 import torch
 
 from albor.architecture import Parameter
+from albor.errors import AlborError
 from albor.memory.plan import MemoryPlan
 
 
@@ -45,7 +46,12 @@ class Arena:
         if locked and size and self.device.type == "cuda":
             # torch's own pinned allocator would round the size up to a power of two.
             cudart = torch.cuda.cudart()
-            torch.cuda.check_error(cudart.cudaHostRegister(memory.data_ptr(), size, 0))
+            failure = cudart.cudaHostRegister(memory.data_ptr(), size, 0)
+            if failure != cudart.cudaError.success:
+                raise AlborError(
+                    f"{size:,} bytes of host memory cannot be page-locked (CUDA error {int(failure)}); free "
+                    "memory, raise the container's limit, or sum gradients on the GPU: train.accumulator=gpu"
+                )
             weakref.finalize(self, cudart.cudaHostUnregister, memory.data_ptr())
         return memory
 

@@ -7,6 +7,8 @@ which of the two works in it.
 
 from __future__ import annotations
 
+import torch
+
 from albor.memory.arena import Arena
 from albor.ops.base import Documents, Ops, UpdateScalars
 from albor.ops.flat import accumulate, norm, rotary_tables
@@ -21,4 +23,7 @@ def make_ops(arena: Arena) -> Ops:
         return TorchOps.from_arena(arena)
     from albor.ops.triton_ops import TritonOps  # Triton is imported where a GPU asks for it
 
+    # cuBLAS may otherwise round the parts of a sum that it splits among programs.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return TritonOps.from_arena(arena)

@@ -6,6 +6,7 @@ the same calls happen at once, in the order in which they are made.
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -140,15 +141,30 @@ class Graphs:
                 self._seen.add(key)
                 return
             graph = torch.cuda.CUDAGraph()
-            # Other threads may wait for events meanwhile: that concerns no stream of ours.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            # Other threads may wait and copy meanwhile: that concerns no stream of ours.
+            with (
+                _without_garbage_collection(),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
             ):
                 work()
         finally:
             self._inside = False
         self._graphs[key] = graph
         graph.replay()
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """An arena that is collected returns its page-locked memory, which no capture survives."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def make_streams(device: torch.device) -> tuple[Streams, Graphs]:

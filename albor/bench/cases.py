@@ -13,7 +13,7 @@ from albor.errors import ConfigError, Problem
 TOKENS_PER_STEP = 131_072
 _SEQUENCE_LENGTH = 1024
 _SHARED = {"vocab_size": 32768, "tie_word_embeddings": True}
-# (model, micro-batch). The first three are those of configs/pretrain-*.yaml.
+# (model, micro-batch). The models are those of configs/pretrain-*.yaml.
 SHAPES: dict[str, tuple[dict[str, int], int]] = {
     "50m": (
         {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,

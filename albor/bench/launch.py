@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import albor
 from albor.bench.cases import Case
 from albor.bench.machine import Watch
-from albor.bench.protocol import PROFILE_STEPS, PROFILED, REFERENCE, Options, Run
+from albor.bench.protocol import OWN, PROFILE_STEPS, PROFILED, REFERENCE, Options, Run
 
 
 def launch(
@@ -40,8 +41,9 @@ def launch(
     cold = not cache.exists()
     cache.mkdir(parents=True, exist_ok=True)
     if peer == REFERENCE:
-        # What is fastest in bf16 may not compute fp32 at all.
-        spec = spec | {"steps": options.reference_steps, "attention": None}
+        spec = spec | {"steps": options.reference_steps}
+    if peer == REFERENCE or peer.startswith(OWN):  # fp32 has other backends, and albor chooses by itself
+        spec = spec | {"attention": None}
     if number == PROFILED:
         spec = spec | {"steps": PROFILE_STEPS, "profile": True}
     spec_path, log = path.with_suffix(".spec"), path.with_suffix(".log")
@@ -53,7 +55,7 @@ def launch(
         time_left = deadline - started
         process = subprocess.Popen(
             command, env=environment() | caches, stdout=subprocess.PIPE, stderr=errors, text=True,
-            start_new_session=True,
+            process_group=0,  # of which a timeout ends all, the peer's own workers too
         )  # fmt: skip
         expired = False
         try:
@@ -63,7 +65,8 @@ def launch(
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
         wall = time.time() - started
     if expired and time_left < options.run_timeout:
@@ -73,6 +76,7 @@ def launch(
         found |= {"status": "timed out", "error": f"did not end within {options.run_timeout:g} seconds"}
     if found["first_step_seconds"] is not None:
         found["first_step_seconds"] -= started
+    found["notes"]["sdpa"] = spec["attention"]
     seen = watch.summary()
     if seen:
         found["memory"]["device_peak"] = seen.pop("device_peak_bytes")

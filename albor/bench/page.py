@@ -75,7 +75,7 @@ def _system_lines(systems: dict[str, Any], machine: dict[str, Any]) -> list[str]
         "| | tokens/s | albor is faster by | range | MFU | of the floor | allocated | reserved | device "
         "| first step, cold / warm | loss gap | norm gap |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_row(peer, row) for peer, row in systems.items() if row["status"] == "ok"),
+        *(_row(peer, row, machine) for peer, row in systems.items() if row["status"] == "ok"),
     ]
     if max((row.get("share_of_floor") or 0 for row in systems.values()), default=0) > 1:
         lines += ["", "A system was faster than the floor: the machine was slower while it was calibrated."]
@@ -89,6 +89,9 @@ def _system_lines(systems: dict[str, Any], machine: dict[str, Any]) -> list[str]
         f"{TITLES[peer]} {' + '.join(f'{seconds:.0f}' for seconds in row['wall_seconds'])}"
         for peer, row in systems.items()
     )
+    preferred = sorted({backend for row in systems.values() if (backend := row["notes"].get("sdpa"))})
+    if preferred:
+        notes.append(f"- attention of the peers in PyTorch: {', '.join(preferred)} wherever it can be")
     return [*lines, *([""] if notes else []), *notes, "", f"Seconds that the runs took: {'; '.join(took)}."]
 
 
@@ -149,9 +152,9 @@ def _floor_lines(case: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(peer: str, row: dict[str, Any]) -> str:
+def _row(peer: str, row: dict[str, Any], machine: dict[str, Any]) -> str:
     memory = row["memory"]
-    device = memory.get("device_peak", memory.get("max_rss"))
+    device = memory.get("device_peak" if machine["is_gpu"] else "max_rss")
     ratio = (
         f"{row['albor_is_faster_by']:.2f}x" if row.get("claim") in ("faster", "slower") else row.get("claim")
     )

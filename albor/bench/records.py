@@ -74,15 +74,15 @@ class Records:
             if folder.name not in cases and (found := _load_case(folder / "case.json")) is not None:
                 cases[folder.name] = found
         runs: list[Run] = []
-        shown = set(self._options.cases)
+        shown = {case.name: case for case in self._options.cases}
         for case in cases.values():
             of = list(self._of(case))
             files -= {self.path(case, run.peer, run.number) for run in of}
             if of:
-                shown.add(case)
+                shown[case.name] = case
             runs += of
         rank = {name: place for place, name in enumerate(STANDARD)}
-        in_order = sorted(shown, key=lambda case: (rank.get(case.name, len(rank)), case.name))
+        in_order = sorted(shown.values(), key=lambda case: (rank.get(case.name, len(rank)), case.name))
         return Found(in_order, runs, left_out=len(files))
 
     def _of(self, case: Case) -> Iterator[Run]:

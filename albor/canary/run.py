@@ -21,7 +21,7 @@ from albor.errors import ConfigError, DoesNotFit, Problem
 from albor.memory.devices import format_bytes
 from albor.memory.estimate import Estimate, check_fits
 from albor.model.parameters import master_weights, named_tensors
-from albor.progress import show_progress
+from albor.progress import show_progress, signals_unwind
 from albor.train.guard import judge
 from albor.train.schedule import learning_rate
 from albor.train.session import Session, open_session
@@ -50,13 +50,14 @@ def run_canary(config: RunConfig, target: Estimate, steps: int, kind: Kind, cons
         data = prepare(config, progress)
     if problems := check_horizon(config, data):
         raise ConfigError(problems)
-    session = open_session(config, data, target.plan, target.device, None)
+    session = open_session(config, data, target.plan, target.device)
     module, logits, name = make_model(chosen, target.architecture, session.trainer.arena.device)
     plain = PlainTraining(config, module, logits, data.tokenizer.end_of_document_id)
 
     canary = Canary(config, target.device, target.plan.compute_dtype, name, steps)
     print_head(canary, console)
-    _Comparison(session, plain, canary, console).run()
+    with signals_unwind():
+        _Comparison(session, plain, canary, console).run()
     print_verdict(canary, console)
     return canary
 
@@ -105,7 +106,7 @@ class _Comparison:
         result, state = self.trainer.update(sums, state)
         self._synchronize()
         row.updated = result.updated
-        row.scale_search = not result.updated and state.guard.skipped_in_row == 0
+        row.scale_search = result.verdict.kind == "loss scale"
         if self.canary.first is None and not row.scale_search:  # so far neither side has moved
             self.canary.first = SameWeights("initial weights", row, agreements, row.reference_grad_norm)
         if row.finite:
@@ -123,10 +124,11 @@ class _Comparison:
             self.plain.load(self.weights)
             sums = self.trainer.accumulate(batches, state)
             while True:  # fp16's loss scale may be too large for this, as in a step
-                updates, guard = judge(
-                    state.guard, sums.loss, sums.grad_norm, self.trainer.arena.plan.compute_dtype
-                )
-                if updates or guard.skipped_in_row > state.guard.skipped_in_row:
+                verdict, guard = judge(
+                    state.guard, state.step + 1, sums.loss, sums.grad_norm, self.session.config.divergence,
+                    self.trainer.arena.plan.compute_dtype,
+                )  # fmt: skip
+                if verdict.kind != "loss scale":
                     break
                 state = replace(state, guard=guard)
                 sums = self.trainer.accumulate(batches, state)

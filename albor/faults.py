@@ -17,6 +17,7 @@ can show what a run survives. It is read once, when this module is imported. Wit
     oom                      the exception with which PyTorch says that memory is short
     raise                    a RuntimeError
     hang                     sleeps until a signal ends the process
+    stop                     SIGSTOP: the process stands still until somebody sends it SIGCONT
     nan, inf, spike          at step.accumulated only: `reach` returns NaN, infinity or 100
 
 The points, in the order in which a run comes to them. `step` is what a number in `when` is compared with;
@@ -81,6 +82,7 @@ _SIGNALS = {
     "term": signal.SIGTERM,
     "int": signal.SIGINT,
     "hup": signal.SIGHUP,
+    "stop": signal.SIGSTOP,
 }
 _ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "erofs": errno.EROFS}
 _FACTORS = {"nan": math.nan, "inf": math.inf, "spike": 100.0}

@@ -1,0 +1,143 @@
+"""A process that has imported albor, and forks a child for every command that it is sent.
+
+Importing torch takes longer than a whole run of the fault tests' model. A child is a process of its own: it
+reads ALBOR_FAULT as one that has just started, and dies of it alone.
+
+    python fault_server.py SOCKET      serves until its standard input ends
+
+A connection sends one line of JSON, {"directory", "arguments", "environment", "output", "mutation"}, gets the
+child's pid on one line and what it ended with on another: its exit code, or minus the signal's number.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from mutations import MUTATIONS
+
+from albor import cli, faults
+from albor.train.step import Accumulated, Batch, Trainer, TrainState
+
+CONSUMED = "consumed.txt"  # in the command's directory: step, micro-batch, SHA-256 of its tokens and targets
+REACHED = "reached.txt"  # with TRACE set: the points that were reached, one a line, with their steps
+TRACE = "FAULT_TRACE"
+FAIL_READS = "FAULT_READS"  # the name of a file: once it is there, os.pread fails as on a disk that is going
+
+
+def serve(path: str) -> None:
+    """Forks for whoever connects. Children are each waited for by a process between us and them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _wait_for_child(connection)
+            connection.close()
+
+
+def _wait_for_child(connection: socket.socket) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with connection, connection.makefile("rw") as stream:
+        request = json.loads(stream.readline())
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            os._exit(_run(request))
+        print(pid, file=stream, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=stream, flush=True)
+    os._exit(0)
+
+
+def _run(request: dict[str, Any]) -> int:
+    """What `python -m albor ARGUMENTS` would do; the exit code."""
+    os.chdir(request["directory"])
+    for number, path in ((0, os.devnull), (1, request["output"] + ".out"), (2, request["output"] + ".err")):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+        os.close(handle)
+    os.environ.update(request["environment"])
+    sys.argv = ["albor", *request["arguments"]]
+    code: object = 0
+    try:
+        importlib.reload(faults)
+        _record_consumed()
+        if os.environ.get(TRACE):
+            _record_reached()
+        if os.environ.get(FAIL_READS):
+            _fail_reads(Path(os.environ[FAIL_READS]))
+        if request["mutation"]:
+            MUTATIONS[request["mutation"]].apply()
+        cli.main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+def _record_consumed() -> None:
+    """Every micro-batch that the trainer takes goes into CONSUMED at once, so that a kill loses none."""
+    handle = os.open(CONSUMED, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    accumulate = Trainer.accumulate
+
+    def recorded(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+        for micro, (tokens, targets) in enumerate(batches, start=1):
+            digest = hashlib.sha256(tokens.tobytes() + targets.tobytes()).hexdigest()
+            os.write(handle, f"{step} {micro} {digest}\n".encode())
+            yield tokens, targets
+
+    def recording(self: Trainer, batches: Iterator[Batch], state: TrainState) -> Accumulated:
+        return accumulate(self, recorded(batches, state.step + 1), state)
+
+    Trainer.accumulate = recording  # type: ignore[method-assign]
+
+
+def _record_reached() -> None:
+    handle = os.open(REACHED, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    reach = faults.reach
+
+    def recording(point: str, step: int | None = None) -> float:
+        os.write(handle, f"{point} {'' if step is None else step}\n".encode())
+        return reach(point, step)
+
+    faults.reach = recording
+
+
+def _fail_reads(marker: Path) -> None:
+    read = os.pread
+
+    def failing(file: int, size: int, offset: int) -> bytes:
+        if marker.exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file, size, offset)
+
+    os.pread = failing
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).unlink(missing_ok=True)
+    serve(sys.argv[1])

@@ -1,0 +1,241 @@
+"""Guards, dropped one at a time: a row of the fault matrix proves something only if it fails without its
+guard. `apply` patches albor in the process under test, before its command begins; `case` is the case of
+test_faults.py that must then fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from albor import checkpoint
+from albor.data.cache import Cache
+from albor.data.loader import Loader
+from albor.train import loop, run, session, signals, step
+from albor.train.guard import GuardState
+from albor.train.loop import Loop
+from albor.train.metrics import MetricsLog
+from albor.train.step import TrainState
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What is gone, which case rests on it, and how it is taken away."""
+
+    case: str
+    apply: Callable[[], None]
+
+
+MUTATIONS: dict[str, Mutation] = {}
+
+
+def without(guard: str, case: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Enters a function that takes `guard` away."""
+
+    def enter(apply: Callable[[], None]) -> Callable[[], None]:
+        assert guard not in MUTATIONS
+        MUTATIONS[guard] = Mutation(case, apply)
+        return apply
+
+    return enter
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In place of what guards."""
+
+
+# What a resumed run takes up
+
+
+@without("the loader's position is restored", "1 kill step.begin")
+def _() -> None:
+    restored = session.Loader
+
+    def begun_anew(*arguments: Any, state: Any = None, **keywords: Any) -> Loader:
+        return restored(*arguments, **keywords)
+
+    session.Loader = begun_anew  # type: ignore[misc, assignment]
+
+
+def _restored(change: Callable[[TrainState], TrainState]) -> None:
+    """Every state that is read from a checkpoint is changed."""
+    read = TrainState.from_json
+    TrainState.from_json = staticmethod(lambda saved: change(read(saved)))  # type: ignore[method-assign]
+
+
+@without("the bias correction's count is restored", "1 kill step.updated")
+def _() -> None:
+    _restored(lambda state: dataclasses.replace(state, updates=0))
+
+
+@without("the guard's window is restored", "1 kill step.accumulated")
+def _() -> None:
+    _restored(lambda state: dataclasses.replace(state, guard=GuardState()))
+
+
+@without("random numbers are keyed by their place", "1 kill with rounded state")
+def _() -> None:
+    """Instead, the n-th draw of this process, as from a generator whose state is not saved."""
+    drawn, derive = itertools.count(1), step.derive_seed
+    step.derive_seed = lambda seed, purpose, number: derive(seed, purpose, next(drawn))
+
+
+@without("rows beyond the checkpoint are taken back", "1 kill step.begin")
+def _() -> None:
+    MetricsLog.truncate_after = nothing  # type: ignore[method-assign]
+
+
+@without("an evaluation that was lost is made up for", "1 kill evaluate.batch")
+def _() -> None:
+    Loop._catch_up = nothing  # type: ignore[method-assign]
+
+
+@without("a stopped step gives its data back", "8 int step.micro_batch")
+def _() -> None:
+    begun = Loader.__init__
+
+    def init(self: Loader, *arguments: Any, **keywords: Any) -> None:
+        begun(self, *arguments, **keywords)
+        self.restore = nothing  # type: ignore[method-assign]
+
+    Loader.__init__ = init  # type: ignore[method-assign]
+
+
+# How a checkpoint comes about
+
+
+@without("a checkpoint gets its name last", "3 kill second file")
+def _() -> None:
+    """It is written where it belongs."""
+    write = checkpoint._write_contents
+
+    def in_place(directory: Path, number: int, *arguments: Any) -> Any:
+        named = directory.parent / checkpoint.checkpoint_name(number)
+        os.rename(directory, named)
+        directory.symlink_to(named.name)
+        return write(named, number, *arguments)
+
+    checkpoint._write_contents = in_place
+
+
+@without("litter is removed", "1 kill save.synced")
+def _() -> None:
+    checkpoint.clear_leftovers = nothing
+
+
+@without("a checkpoint is read with its hashes", "6 a flipped bit")
+def _() -> None:
+    read = checkpoint.read_tensors_into
+
+    def unread(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        read(path, *arguments, **keywords)
+        return checkpoint.Manifest.from_bytes((path.parent / checkpoint.MANIFEST).read_bytes()).files[
+            path.name
+        ]
+
+    checkpoint.read_tensors_into = unread
+
+
+@without("an older checkpoint goes when a newer one is whole", "1 kill save.verified")
+def _() -> None:
+    """It goes first, to make room."""
+    save = checkpoint.save
+
+    def room_first(directory: Path, number: int, *arguments: Any, **keywords: Any) -> Path:
+        for path in checkpoint.list_checkpoints(directory):
+            shutil.rmtree(path)
+        return save(directory, number, *arguments, **keywords)
+
+    checkpoint.save = room_first
+
+
+@without("a step is saved before it is evaluated", "13 saved first")
+def _() -> None:
+    save, evaluate = Loop._save, Loop._evaluate
+
+    def evaluate_then_save(self: Loop) -> None:
+        evaluate(self)
+        save(self, planned=True)
+
+    Loop._save = lambda self, *_, **__: True  # type: ignore[method-assign]
+    Loop._evaluate = evaluate_then_save  # type: ignore[method-assign]
+
+
+@without("a finished run has nothing to save", "22 completed")
+def _() -> None:
+    session.Session.saved_step = property(nothing)  # type: ignore[assignment, method-assign]
+
+
+@without("prepared data appear whole", "1 kill shard.write")
+def _() -> None:
+    """They are written where they belong."""
+
+    def in_place(self: Cache, name: str, write: Callable[[Path], None]) -> Path:
+        directory = self.directory / name
+        if not directory.is_dir():
+            directory.mkdir()
+            write(directory)
+        return directory
+
+    Cache.entry = in_place  # type: ignore[method-assign]
+
+
+# What goes on around a run
+
+
+@without("a run directory is locked", "7 claimed")
+def _() -> None:
+    fcntl.flock = nothing  # type: ignore[assignment]
+
+
+@without("the first signal is noted, not obeyed at once", "8 hup step.accumulated")
+def _() -> None:
+    signals.StopRequest.__enter__ = lambda self: self  # type: ignore[method-assign]
+    signals.StopRequest.__exit__ = nothing  # type: ignore[method-assign, assignment]
+
+
+@without("the second signal ends it", "8 told twice in a step")
+def _() -> None:
+    signals._end_at_the_second = lambda arrivals, heeded: os.read(arrivals, 1 << 16)
+
+
+@without("a shortage beside the training is survived", "13 memory evaluation")
+def _() -> None:
+    loop.is_out_of_memory = lambda error: False
+
+
+@without("a shortage is explained", "13 memory step")
+def _() -> None:
+    run.is_out_of_memory = lambda error: False
+
+
+@without("a read that comes short is noticed", "14 shard cut off")
+def _() -> None:
+    read = os.pread
+    os.pread = lambda file, size, offset: read(file, size, offset).ljust(size, b"\0")
+
+
+@without("a read that fails is explained", "14 shard unreadable")
+def _() -> None:
+    """As if the disk gave zeros."""
+    read = os.pread
+
+    def zeros(file: int, size: int, offset: int) -> bytes:
+        try:
+            return read(file, size, offset)
+        except OSError:
+            return bytes(size)
+
+    os.pread = zeros
+
+
+@without("a log that fails is no failure", "25 no metrics")
+def _() -> None:
+    MetricsLog._attempt = lambda self, path, write: write(path)  # type: ignore[method-assign]

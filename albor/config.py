@@ -18,6 +18,7 @@ from albor.units import Bytes, Count, CountOrZero
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+AttentionKey = Literal["auto", "triton", "cudnn", "flash"]
 
 
 class Section(BaseModel):
@@ -229,6 +230,17 @@ class TrainConfig(Section):
         description="Where gradients are summed in fp32: in host memory block by block, on the device, or "
         "on the device where the plan says that it fits.",
     )
+    attention: AttentionKey = Field(
+        "auto",
+        description="What computes attention on a GPU: albor's Triton kernels, or cuDNN's or "
+        "FlashAttention-2's in PyTorch. auto: what was measured to be fastest for such a card and shape, and "
+        "triton where nothing was measured; the log says which and why. A CPU has one way only, auto.",
+    )
+    deterministic: bool = Field(
+        True,
+        description="The same bits on every run. false lets `attention` be a backend whose backward adds in "
+        "any order, which may be faster.",
+    )
     recompute: Literal["none", "cheap", "block"] = Field(
         "none",
         description="What backward computes again rather than keep: nothing, the norms, or the whole block.",
@@ -362,6 +374,11 @@ def check_algebra(config: RunConfig) -> list[Problem]:
             f"bf16 state needs bf16 weights, and train.precision is {train.precision}",
             "use fp32, or train.precision=bf16",
         )
+    if train.attention != "auto" and config.device == "cpu":
+        message = f"{train.attention} needs a GPU, and device is cpu"
+        refuse("train.attention device", message, "use auto")
+    for keys, message, remedy in attention_obstacles(config, train.attention):
+        refuse(f"train.attention {keys}", message, remedy)
     if data.sequence_length > model.max_position_embeddings:
         refuse(
             "data.sequence_length model.max_position_embeddings",
@@ -402,3 +419,34 @@ def check_algebra(config: RunConfig) -> list[Problem]:
             "use null, or at most that many",
         )
     return problems
+
+
+# Heads are multiples of 8 wide, and at most this: more is for some cards only (PyTorch's sdp_utils.cpp).
+_WIDEST_HEAD = {"cudnn": 128, "flash": 192}
+
+
+def attention_obstacles(config: RunConfig, backend: str) -> list[tuple[str, str, str]]:
+    """Why `backend` cannot compute the attention of `config`: the keys that say so, what is wrong, and what
+    would be right. Empty for albor's own kernels, which take everything.
+    """
+    if backend not in _WIDEST_HEAD:
+        return []
+    found = []
+    model, train, data = config.model, config.train, config.data
+    if backend == "cudnn" and train.deterministic:
+        message = "the backward of cudnn adds in any order, and train.deterministic is true"
+        found.append(("train.deterministic", message, "use auto or flash, or train.deterministic=false"))
+    if data.document_mask:
+        message = f"{backend} attends across documents, and data.document_mask keeps them apart"
+        found.append(("data.document_mask", message, "use auto, or data.document_mask=false"))
+    if train.precision == "fp32":
+        message = f"{backend} computes in bf16 or fp16, and train.precision is fp32"
+        found.append(("train.precision", message, "use auto, or train.precision=bf16"))
+    width, odd = divmod(model.hidden_size, model.num_attention_heads)
+    widest = _WIDEST_HEAD[backend]
+    if not odd and (width % 8 or width > widest):
+        message = f"{backend} takes heads of 8, 16, 24, ... {widest} columns, and here they have {width}"
+        found.append(("model.hidden_size model.num_attention_heads", message, "use auto"))
+    if backend == "cudnn" and data.sequence_length == 1:
+        found.append(("data.sequence_length", "cudnn has no attention to one key alone", "use auto"))
+    return found

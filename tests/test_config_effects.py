@@ -22,8 +22,10 @@ from albor.checkpoint import find_latest
 from albor.config import RunConfig, Source
 from albor.configfile import load_config
 from albor.errors import ConfigError
-from albor.train.run_directory import check_resumable
+from albor.memory.attention import Measurement
+from albor.train.resume_policy import changes_on_resume
 
+LAST_STEP = 6
 SHORT = ("train.max_steps=6", "schedule.warmup_steps=3", "evaluate.every_steps=3", "checkpoint.every_steps=3")
 TOKENS = ("train.max_steps=null", "train.max_tokens=500")
 SOURCES = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(Source)[0])}
@@ -103,9 +105,7 @@ EFFECTS = [
     Effect("optimizer.eps", "optimizer.eps=1e-3", "loss weights"),
     Effect("optimizer.weight_decay", "optimizer.weight_decay=0", "loss weights"),
     Effect("optimizer.grad_clip", "optimizer.grad_clip=0.5", "loss weights"),
-    Effect(
-        "optimizer.state_dtype", "optimizer.state_dtype=bf16", "plan weights", ("train.precision=bf16",)
-    ),
+    Effect("optimizer.state_dtype", "optimizer.state_dtype=bf16", "plan weights", ("train.precision=bf16",)),
     Effect("schedule.kind", "schedule.kind=linear", "lr weights"),
     Effect("schedule.warmup_steps", "schedule.warmup_steps=2", "lr weights"),
     Effect("schedule.min_lr_ratio", "schedule.min_lr_ratio=0.5", "lr weights"),
@@ -117,6 +117,8 @@ EFFECTS = [
     Effect("train.precision", "train.precision=bf16", "plan loss weights"),
     Effect("train.precision", "train.precision=fp16", "code"),  # needs a GPU
     Effect("train.accumulator", "train.accumulator=gpu", "plan"),
+    Effect("train.attention", "train.attention=flash", "code"),  # on a CPU there is one way
+    Effect("train.deterministic", "train.deterministic=false", "on_gpu", ("train.precision=bf16",)),
     Effect("train.recompute", "train.recompute=cheap", "plan"),
     Effect("train.recompute", "train.recompute=block", "plan"),
     Effect("train.head_chunk_tokens", "train.head_chunk_tokens=8", "plan"),
@@ -187,6 +189,14 @@ def load_dataset(path: str, **arguments: Any) -> Iterator[dict[str, str]]:
     return ({"text": text, "title": text[::-1]} for text in texts)
 
 
+def measured_attention() -> list[Measurement]:
+    """As if an H100 had been measured: flash is the fastest where it may add in any order."""
+    where = {"capability": 90, "device": "H100", "torch": "2.13.0", "triton": "3.7.1"}
+    shape = {"head_dim": 16, "heads": 2, "kv_heads": 1, "length": 32, "batch": 1}
+    times = {True: {"triton": 1e-3, "flash": 2e-3}, False: {"triton": 2e-3, "flash": 1e-3}}
+    return [Measurement(**where, **shape, deterministic=key, seconds=times[key]) for key in times]
+
+
 @pytest.fixture(scope="module")
 def observe(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observe]:
     """What a run of 6 steps with some overrides shows, by part; each run has a directory of its own."""
@@ -195,13 +205,16 @@ def observe(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     def run(*overrides: str) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("run"))
-            return seen(call("train", project, *SHORT, *overrides).code)
+            shown = seen(call("train", project, *SHORT, *overrides).code)
+        asked = call("vram-estimate", project, *SHORT, *overrides, "device=cuda", "--gpu=H100", "--json")
+        return shown | ({"on_gpu": json.loads(asked.out)["attention"]["backend"]} if asked.code == 0 else {})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
         patch.setattr("albor.memory.devices.installed_gpu", lambda: None)
         patch.setattr("albor.memory.devices._cpu_has_bf16", lambda: True)
         patch.setattr("torch.cuda.is_available", lambda: False)
+        patch.setattr("albor.memory.attention.read_table", measured_attention)
         yield run
 
 
@@ -256,7 +269,7 @@ def test_a_key_changes_what_runs(effect: Effect, project: Path, observe: Observe
 
 def may_change_on_resume(config: Path, base: list[str], changed: list[str]) -> bool:
     try:
-        check_resumable(load_config(config, changed), load_config(config, base), Path())
+        changes_on_resume(load_config(config, changed), load_config(config, base), LAST_STEP, Path())
     except ConfigError:
         return False
     return True

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from albor.architecture import Architecture
 from albor.config import RunConfig
 from albor.errors import ConfigError, DoesNotFit, Problem
+from albor.memory.attention import choose_attention
 from albor.memory.devices import (
     CUDA_PROCESS_BYTES,
     Device,
@@ -25,7 +26,7 @@ from albor.memory.devices import (
     this_machine,
 )
 from albor.memory.plan import MemoryPlan, plan_training
-from albor.memory.suggest import Suggestion, nearest_fits
+from albor.memory.suggest import Suggestion, apply, nearest_fits
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,18 @@ class Estimate:
 
     @classmethod
     def of(cls, config: RunConfig, hardware: Hardware) -> Estimate:
-        """Training `config` on `hardware`, with dtype and accumulator resolved for it."""
-        dtype = compute_dtype(config.train.precision, hardware.device)
-        accumulator = resolve_accumulator(config, hardware, dtype)
-        return cls(config, plan_training(config, hardware.device, dtype, accumulator), hardware)
+        """Training `config` on `hardware`, with dtype, attention and accumulator resolved for it.
+
+        Raises ConfigError for an attention or a precision that the hardware does not have.
+        """
+        device = hardware.device
+        dtype = compute_dtype(config.train.precision, device)
+        capability = hardware.gpu.compute_capability if hardware.gpu else None
+        attention = choose_attention(config, device, capability)
+        # Where the accumulator is depends on what fits, and that on what this attention takes.
+        pinned = config if device == "cpu" else apply(config, {"train.attention": attention.backend})
+        accumulator = resolve_accumulator(pinned, hardware, dtype)
+        return cls(config, plan_training(config, device, dtype, accumulator, attention), hardware)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -150,6 +159,7 @@ class Estimate:
             "tokens_per_step": config.tokens_per_step,
             "device": plan.device,
             "compute_dtype": plan.compute_dtype,
+            "attention": {"backend": plan.attention.backend, "reason": plan.attention.reason},
             "device_bytes": self.device_bytes,
             "pinned_bytes": plan.size("pinned"),
             "host_bytes": plan.size("host"),

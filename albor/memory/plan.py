@@ -22,6 +22,8 @@ from typing import Literal
 
 from albor.architecture import Architecture, block_name, round_up
 from albor.config import RunConfig
+from albor.memory import attention_bytes
+from albor.memory.attention import AttentionChoice, choose_attention
 from albor.memory.packing import pack
 
 Place = Literal["device", "pinned", "host"]
@@ -111,8 +113,9 @@ class MemoryPlan:
     device: Literal["cpu", "cuda"]
     compute_dtype: str
     accumulator: Literal["cpu", "gpu"]
+    attention: AttentionChoice
     # What operations take beside the arena within one call, by origin. Every operation writes into planned
-    # buffers; what is left is what a library's GEMM takes for itself.
+    # buffers; what is left is what a library's GEMM or attention takes for itself.
     temporaries: dict[str, int] = field(default_factory=dict)
 
     def size(self, place: Place) -> int:
@@ -207,20 +210,23 @@ def plan_training(
     device: Literal["cpu", "cuda"],
     compute_dtype: str,
     accumulator: Literal["cpu", "gpu"] | None = None,
+    attention: AttentionChoice | None = None,
 ) -> MemoryPlan:
     """Every buffer that training `config` on `device` takes.
 
     `compute_dtype` is what `albor.memory.devices.compute_dtype` resolves the precision to; float64 is for
-    tests. `accumulator` overrides the configured place, where `auto` has been resolved; `auto` itself plans
-    for the host.
+    tests. `accumulator` and `attention` override what is configured, where `auto` has been resolved; `auto`
+    itself plans for the host, and for a card that is not known. Raises ConfigError for an attention that
+    cannot run on `device`.
     """
     place = accumulator or ("gpu" if config.train.accumulator == "gpu" else "cpu")
+    chosen = attention or choose_attention(config, device, capability=None)
     if device == "cpu" or place == "gpu":
-        return _plan_training(config, device, compute_dtype, place)
+        return _plan_training(config, device, compute_dtype, place, chosen)
     # Sums in host memory come back for the update. Where that costs nothing at the peak, each block's has a
     # place of its own, in memory of activations that are done with, and travels while the backward goes on.
-    slots = _plan_training(config, device, compute_dtype, place)
-    early = _plan_training(config, device, compute_dtype, place, return_early=True)
+    slots = _plan_training(config, device, compute_dtype, place, chosen)
+    early = _plan_training(config, device, compute_dtype, place, chosen, return_early=True)
     return early if early.size("device") <= slots.size("device") else slots
 
 
@@ -229,6 +235,7 @@ def _plan_training(
     device: Literal["cpu", "cuda"],
     compute_dtype: str,
     place: Literal["cpu", "gpu"],
+    attention: AttentionChoice,
     *,
     return_early: bool = False,
 ) -> MemoryPlan:
@@ -286,19 +293,22 @@ def _plan_training(
         draft.add(
             "backward.d_embedded", wide, "scratch", first="embed_backward", dtype=draft.wide_dtype
         )  # (N, C)
-    else:
+    elif attention.backend == "triton":
         draft.add(
             "backward.attention_delta", shapes["attention_lse"], "scratch", dtype=draft.wide_dtype,
             first=first_backward, last=last_backward,
         )  # fmt: skip
     _add_inference(draft, config, model, rows, device, samples=bool(config.evaluate.prompts))
-    return MemoryPlan(
-        draft.phases, draft.placed(), device, compute_dtype, place, _temporaries(device, compute_dtype)
-    )
+    batch, length = config.train.micro_batch_size, config.data.sequence_length
+    temporaries = _temporaries(device, compute_dtype)
+    temporaries |= attention_bytes.temporaries(attention, model, batch, length)
+    return MemoryPlan(draft.phases, draft.placed(), device, compute_dtype, place, attention, temporaries)
 
 
 def plan_inference(config: RunConfig, device: Literal["cpu", "cuda"], compute_dtype: str) -> MemoryPlan:
-    """Every buffer that evaluating and generating with a trained `config` takes."""
+    """Every buffer that evaluating and generating with a trained `config` takes; albor's own attention does,
+    whatever the run was trained with.
+    """
     model = Architecture.from_config(config.model)
     draft = _Draft(INFERENCE_PHASES, compute_dtype)
     rows = config.train.micro_batch_size * config.data.sequence_length
@@ -306,9 +316,9 @@ def plan_inference(config: RunConfig, device: Literal["cpu", "cuda"], compute_dt
     _add_workspace(draft, config, model, device, trains=False)
     _add_io(draft, config, rows, device)
     _add_inference(draft, config, model, rows, device, samples=True)
-    return MemoryPlan(
-        draft.phases, draft.placed(), device, compute_dtype, "cpu", _temporaries(device, compute_dtype)
-    )
+    attention = AttentionChoice("torch" if device == "cpu" else "triton", "nothing is trained")
+    temporaries = _temporaries(device, compute_dtype)
+    return MemoryPlan(draft.phases, draft.placed(), device, compute_dtype, "cpu", attention, temporaries)
 
 
 def _temporaries(device: str, compute_dtype: str) -> dict[str, int]:

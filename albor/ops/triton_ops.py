@@ -1,7 +1,8 @@
 """The operations through the project's Triton kernels: what runs on CUDA, with nothing in between.
 
-No call allocates, waits for the device or reads a value back, so that all of them can be captured in a CUDA
-graph. What changes between two replays comes from device buffers.
+No call waits for the device or reads a value back, and none allocates but for a library's attention, where
+the plan has one: so all of them can be captured in a CUDA graph. What changes between two replays comes from
+device buffers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from albor.kernels import adamw, attention, cross_entropy, embedding, reduce, rmsnorm, rotary, swiglu
 from albor.memory.arena import Arena
 from albor.ops.base import Documents, Ops, UpdateScalars
+from albor.ops.library_attention import LibraryAttention, make_library_attention
 
 
 @dataclass
@@ -24,6 +26,7 @@ class TritonOps(Ops):
 
     norm_partials: torch.Tensor | None  # (NORM_PARTIALS, C) fp32: one row per program of RMSNorm's backward
     attention_delta: torch.Tensor | None  # (B, H, T) fp32: rowsum(out * d_out)
+    library_attention: LibraryAttention | None  # None: the project's kernels do it
     update: torch.Tensor | None  # (4,) fp32: what adamw goes by
     update_seed: torch.Tensor | None  # (1,) int64
 
@@ -40,6 +43,7 @@ class TritonOps(Ops):
             causal_mask=mask,
             norm_partials=arena.get("workspace.norm_partials"),
             attention_delta=arena.get("backward.attention_delta"),
+            library_attention=make_library_attention(arena.plan.attention),
             update=arena.get("io.update"),
             update_seed=arena.get("io.update_seed"),
         )
@@ -123,6 +127,10 @@ class TritonOps(Ops):
         documents: Documents | None = None,
     ) -> None:
         assert lse is not None
+        if self.library_attention is not None:
+            assert documents is None, "no library keeps documents apart"
+            self.library_attention.forward(qkv, out, lse, length, kv_heads, head_dim)
+            return
         start = None if documents is None else documents.start
         attention.forward(qkv, out, lse, length, kv_heads, head_dim, start)
 
@@ -139,6 +147,10 @@ class TritonOps(Ops):
         documents: Documents | None = None,
     ) -> None:
         assert lse is not None
+        if self.library_attention is not None:
+            assert documents is None, "no library keeps documents apart"
+            self.library_attention.backward(d_out, qkv, out, lse, d_qkv, length, kv_heads, head_dim)
+            return
         assert self.attention_delta is not None, "an inference plan has no backward"
         start, end = (None, None) if documents is None else documents
         attention.backward(

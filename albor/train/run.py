@@ -92,6 +92,7 @@ def run_training(
         if device == "cuda":  # before minutes go into data: without a C compiler this fails
             from albor.train.rehearsal import compile_kernels  # imports Triton
 
+            say(f"attention: {plan.attention}")
             compile_kernels(config, plan, say)
         with show_progress(console) as progress:
             data = prepare(config, progress)

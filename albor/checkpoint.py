@@ -1,5 +1,6 @@
 """Checkpoints: named tensors and a JSON state in, a verified directory out.
 
+    checkpoints/best.json                                  which one had the lowest validation loss
     checkpoints/step-00005000/
         weights.safetensors, optimizer.safetensors, ...    one file per group of tensors
         state.json                                         what else influences the next step
@@ -18,36 +19,51 @@ Both formats hold data and no code, and nothing here knows a trainer.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from albor import __version__
-from albor.errors import CheckpointError
-from albor.manifest import MANIFEST, STATE, Manifest, to_json
+from albor import __version__, faults
+from albor.durable import flush_directory, make_directory, replace_file, write_file
+from albor.errors import CheckpointError, DamagedCheckpoint, DiskFault
+from albor.manifest import MANIFEST, STATE, Manifest
+from albor.strictjson import from_json, read_bounded, to_json
 from albor.tensorfile import FileRecord, TensorSpec, read_tensors_into, tensor_specs, write_tensors
 
 CHECKPOINTS = "checkpoints"  # where a run directory keeps them
+BEST = "best.json"
 
 _TENSOR_SUFFIX = ".safetensors"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a plain name: no separator, no "..", not hidden
 _STEP_NAME = re.compile(r"step-([1-9][0-9]{8,}|[0-9]{8})")
 # `tmp` is a save or a removal that was cut short; `old` is a checkpoint that its replacement had moved aside.
-_LEFTOVER_NAME = re.compile(r"\.(step-[0-9]+)\.(tmp|old)-([0-9]+)")
+_LEFTOVER_NAME = re.compile(r"\.(step-[0-9]+|best\.json)\.(tmp|old)-([0-9]+)")
+
+T = TypeVar("T")
 
 
 def checkpoint_name(step: int) -> str:
     """The directory name of the checkpoint of `step`."""
     return f"step-{step:08d}"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is saved: any of these may keep one."""
+
+    keep_last: int | None = None  # so many with the highest steps; None: all
+    keep_every: int | None = None  # those of multiples of this step
+    keep_best: bool = False  # the one that best.json names
+    rollback: int | None = None  # that of this step, which the run would go back to
 
 
 def save(
@@ -56,17 +72,20 @@ def save(
     tensor_files: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     files: Mapping[str, bytes],
-    keep_last: int,
+    retention: Retention,
+    on_warning: Callable[[str], None] = warnings.warn,
 ) -> Path:
-    """Save the checkpoint of `step`, remove the oldest beyond `keep_last`, return the new one's directory.
+    """Save the checkpoint of `step`, remove what `retention` does not keep, return the new one's directory.
 
     `tensor_files` maps a file's stem (`weights`) to its named tensors; `files` holds further files by name.
     `state` is JSON and must read back equal: a non-finite float, a tuple or a key that is no string is
     refused, since JSON would change it or has no word for it (use null for "none yet").
 
     A checkpoint of `step` that already stands there with the same content is left as it is; one that is
-    damaged or different is replaced. Newer checkpoints and the one just saved are never removed. When saving
-    fails, `CheckpointError` is raised, what was written is removed, and the earlier checkpoints stay.
+    damaged or different is replaced. Newer checkpoints and the one just saved are never removed, and nothing
+    is before the new one was read back. Raises `DiskFault` when the disk refuses: what was written is
+    removed, the earlier checkpoints stay, and another attempt may succeed. An old checkpoint that cannot be
+    removed is told to `on_warning`.
     """
     taken = {MANIFEST, STATE, *(stem + _TENSOR_SUFFIX for stem in tensor_files)}
     for name in (*taken, *files):
@@ -76,20 +95,27 @@ def save(
     final = checkpoints_dir / checkpoint_name(step)
     temporary = checkpoints_dir / f".{final.name}.tmp-{os.getpid()}"
     try:
-        _make_directory(checkpoints_dir)
-        _clear_leftovers(checkpoints_dir)
+        faults.reach("save.begin", step)
+        make_directory(checkpoints_dir)
+        clear_leftovers(checkpoints_dir)
         temporary.mkdir()
         manifest = _write_contents(temporary, step, tensor_files, contents)
         if verify(temporary) != manifest:
             raise CheckpointError(f"{temporary}: the disk does not give back what was written")
+        faults.reach("save.verified", step)
         if not (final.exists() and _holds(final, manifest)):
             _commit(temporary, final)
-    except OSError as error:
-        raise CheckpointError(_describe_failure(error, final, tensor_files)) from error
+        faults.reach("save.renamed", step)
+    except (OSError, CheckpointError) as error:
+        raise DiskFault(_describe_failure(error, final, tensor_files)) from error
     finally:
         with suppress(OSError):
-            _clear_leftovers(checkpoints_dir)
-    _prune(checkpoints_dir, step, keep_last)
+            clear_leftovers(checkpoints_dir)
+    try:
+        remove(removable(checkpoints_dir, step, retention))
+    except (OSError, CheckpointError) as error:  # the run's state is safe: no reason to stop it
+        on_warning(f"could not remove an old checkpoint: {error}")
+    faults.reach("save.pruned", step)
     return final
 
 
@@ -103,16 +129,19 @@ def _write_contents(
     records: dict[str, FileRecord] = {}
     for stem, tensors in tensor_files.items():
         records[stem + _TENSOR_SUFFIX] = write_tensors(directory / (stem + _TENSOR_SUFFIX), tensors)
+        faults.reach("save.tensors", step)
     for name, content in contents.items():
-        _write_file(directory / name, content)
+        write_file(directory / name, content)
         records[name] = FileRecord(len(content), hashlib.sha256(content).hexdigest())
     specs = {
         stem + _TENSOR_SUFFIX: {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         for stem, tensors in tensor_files.items()
     }
     manifest = Manifest(step, __version__, records, specs)
-    _write_file(directory / MANIFEST, manifest.to_bytes())
-    _fsync_directory(directory)
+    write_file(directory / MANIFEST, manifest.to_bytes())
+    faults.reach("save.written", step)
+    flush_directory(directory)
+    faults.reach("save.synced", step)
     return manifest
 
 
@@ -122,7 +151,7 @@ def _commit(temporary: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, final.parent / f".{final.name}.old-{os.getpid()}")
     os.rename(temporary, final)
-    _fsync_directory(final.parent)
+    flush_directory(final.parent)
 
 
 def _holds(path: Path, manifest: Manifest) -> bool:
@@ -133,24 +162,51 @@ def _holds(path: Path, manifest: Manifest) -> bool:
         return False
 
 
-def _prune(checkpoints_dir: Path, step: int, keep_last: int) -> None:
-    """Remove the oldest checkpoints up to `step`, which is saved and verified, beyond `keep_last`."""
-    saved = [path for path in list_checkpoints(checkpoints_dir) if _step_of(path) <= step]
-    try:
-        for path in saved[: -max(1, keep_last)]:
-            _remove(path)
-    except OSError as error:  # the run's state is safe, so this is no reason to stop it
-        warnings.warn(f"could not remove an old checkpoint: {error}", stacklevel=3)
+def removable(checkpoints_dir: Path, step: int, retention: Retention) -> list[Path]:
+    """The checkpoints that `retention` does not keep once that of `step` is saved and verified."""
+    if retention.keep_last is None:
+        return []
+    older = [path for path in list_checkpoints(checkpoints_dir) if step_of(path) < step]
+    best = read_best(checkpoints_dir) if retention.keep_best else None
+
+    def stays(path: Path) -> bool:
+        number, every = step_of(path), retention.keep_every
+        # A link is none of ours. The state before the first step is the seed's, and no milestone.
+        return (
+            path.is_symlink()
+            or (every is not None and number > 0 and number % every == 0)
+            or (best is not None and number == best.step)
+            or number == retention.rollback
+        )
+
+    beyond = max(0, len(older) - (max(1, retention.keep_last) - 1))  # the new one is among the last
+    return [path for path in older[:beyond] if not stays(path)]
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint so that it is there whole or not at all, even if we die halfway."""
-    doomed = path.parent / f".{checkpoint_name(_step_of(path))}.tmp-{os.getpid()}"
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+def remove(paths: Sequence[Path]) -> None:
+    """Remove checkpoints so that each is there whole or not at all, even if we or the power die halfway."""
+    doomed = []
+    for path in paths:
+        doomed.append(path.parent / f".{checkpoint_name(step_of(path))}.tmp-{os.getpid()}")
+        os.rename(path, doomed[-1])
+    if doomed:
+        flush_directory(doomed[0].parent)
+    for path in doomed:
+        shutil.rmtree(path)
 
 
-def _clear_leftovers(checkpoints_dir: Path) -> None:
+def remove_after(checkpoints_dir: Path, step: int) -> None:
+    """Remove the checkpoints beyond `step`, to which a run has gone back, and best.json if it names one of them:
+    the run will come to other ones of those steps.
+    """
+    with suppress(DamagedCheckpoint):
+        best = read_best(checkpoints_dir)
+        if best is not None and best.step > step:
+            (checkpoints_dir / BEST).unlink()
+    remove([path for path in list_checkpoints(checkpoints_dir) if step_of(path) > step])
+
+
+def clear_leftovers(checkpoints_dir: Path) -> None:
     """Undo what saves of this process or of dead ones left behind."""
     for path in sorted(checkpoints_dir.iterdir()):
         match = _LEFTOVER_NAME.fullmatch(path.name)
@@ -158,8 +214,10 @@ def _clear_leftovers(checkpoints_dir: Path) -> None:
             continue
         if match[2] == "old" and not (checkpoints_dir / match[1]).exists():
             os.rename(path, checkpoints_dir / match[1])  # its replacement never got the name
-        else:
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _is_other_live_process(pid: int) -> bool:
@@ -174,42 +232,53 @@ def _is_other_live_process(pid: int) -> bool:
     return True
 
 
-def verify(path: Path, only: Collection[str] | None = None) -> Manifest:
+def verify(path: Path, *, tensors: bool = True) -> Manifest:
     """Read every byte of the checkpoint at `path` and compare it with the manifest.
 
-    Of files that are not in `only`, no more than the size is compared (generation does not wait for gigabytes
-    of optimizer state). Raises `CheckpointError`, which names the file and what is wrong with it.
+    Without `tensors`, those of the tensor files are left to `load`, which reads them anyway, and only their
+    headers are looked at. Raises `DamagedCheckpoint`, which names the file and what is wrong with it.
     """
     try:
+        if _STEP_NAME.fullmatch(path.name) and path.is_symlink():
+            raise DamagedCheckpoint(f"{path}: a symbolic link, which no checkpoint of a run is")
         present = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(path)}
         if MANIFEST not in present:
-            raise CheckpointError(f"{path}: there is no {MANIFEST}, so it is no complete checkpoint")
+            raise DamagedCheckpoint(f"{path}: there is no {MANIFEST}, so it is no complete checkpoint")
         for name, status in present.items():
             if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path / name}: not a regular file, which all of a checkpoint's are")
+                raise DamagedCheckpoint(f"{path / name}: not a regular file, which all of a checkpoint's are")
         try:
-            manifest = Manifest.from_bytes((path / MANIFEST).read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path / MANIFEST}: {error}") from error
+            manifest = Manifest.from_bytes(read_bounded(path / MANIFEST))
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{path / MANIFEST}: {error}") from error
         named = _STEP_NAME.fullmatch(path.name)
         if named and int(named[1]) != manifest.step:
-            raise CheckpointError(f"{path}: this is the checkpoint of step {manifest.step}, renamed")
+            raise DamagedCheckpoint(f"{path}: this is the checkpoint of step {manifest.step}, renamed")
         for name in sorted(present.keys() - {MANIFEST} ^ manifest.files.keys()):
             # Names in `present` have no path in them, so a manifest that names one fails here, unread.
-            raise CheckpointError(f"{path / name}: " + ("unexpected" if name in present else "missing"))
+            raise DamagedCheckpoint(f"{path / name}: " + ("unexpected" if name in present else "missing"))
         for name, expected in manifest.files.items():
             if present[name].st_size != expected.size:
-                raise CheckpointError(
+                raise DamagedCheckpoint(
                     f"{path / name}: has {present[name].st_size} bytes instead of {expected.size}"
                 )
-            if (only is None or name in only) and _sha256(path / name) != expected.sha256:
-                raise CheckpointError(f"{path / name}: content differs from what was saved (SHA-256)")
+            hashed = tensors or name not in manifest.tensors
+            if hashed and _sha256(path / name) != expected.sha256:
+                raise _differs(path / name)
         for name, specs in manifest.tensors.items():
-            if tensor_specs(path / name) != specs:
-                raise CheckpointError(f"{path / name}: holds other tensors than {MANIFEST} lists")
+            try:
+                found = tensor_specs(path / name)
+            except CheckpointError as error:
+                raise DamagedCheckpoint(str(error)) from error
+            if found != specs:
+                raise DamagedCheckpoint(f"{path / name}: holds other tensors than {MANIFEST} lists")
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
+        raise DamagedCheckpoint(f"{path}: cannot be read as a checkpoint: {error}") from error
     return manifest
+
+
+def _differs(path: Path) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{path}: content differs from what was saved (SHA-256)")
 
 
 def load(
@@ -223,19 +292,34 @@ def load(
 
     `tensor_files` is as in `save`, and must be all that was saved; with `partial` it may name fewer files
     (generation needs the weights, not the optimizer), each of them still in full. With `convert`, values are
-    rounded to the given tensors' dtypes. Raises `CheckpointError` without a tensor changed if what is read is
-    damaged.
+    rounded to the given tensors' dtypes.
+
+    Every byte of a tensor is read once: what is hashed is what the tensor gets. Raises `DamagedCheckpoint`
+    when they then turn out to be other than what was saved, and the tensors hold what must not be used; for
+    anything else that is wrong `CheckpointError`, without a tensor changed.
     """
     wanted = {stem + _TENSOR_SUFFIX: tensors for stem, tensors in tensor_files.items()}
-    manifest = verify(path, {STATE, *wanted} if partial else None)
+    manifest = verify(path, tensors=False)
     unread = set() if partial else manifest.tensors.keys() - wanted.keys()
     for name in sorted(unread | wanted.keys() - manifest.tensors.keys()):
         raise CheckpointError(
             f"{path / name}: " + ("holds state that would not be restored" if name in unread else "missing")
         )
+    state = read_state(path)
     for name, tensors in wanted.items():
-        read_tensors_into(path / name, tensors, convert=convert)
-    state: dict[str, Any] = json.loads((path / STATE).read_bytes())
+        if read_tensors_into(path / name, tensors, convert=convert) != manifest.files[name]:
+            raise _differs(path / name)
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state that the checkpoint at `path` holds, once `verify` has found it to be what was saved."""
+    try:
+        state = from_json(read_bounded(path / STATE))
+        if not isinstance(state, dict):
+            raise ValueError("it is not a state")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path / STATE}: {error}") from error
     return state
 
 
@@ -250,63 +334,123 @@ def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
         name = leftover[1] if leftover and leftover[2] == "old" else path.name
         if _STEP_NAME.fullmatch(name) and path.is_dir():
             found[name] = path
-    return sorted(found.values(), key=_step_of)
+    return sorted(found.values(), key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
     match = _STEP_NAME.search(path.name)
-    assert match is not None
+    assert match is not None, f"{path} is no checkpoint's name"
     return int(match[1])
 
 
 def _report_skipped(path: Path, reason: str) -> None:
-    warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=3)
+    warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=4)
 
 
-def find_latest(
-    checkpoints_dir: Path,
-    on_skip: Callable[[Path, str], None] = _report_skipped,
-    only: Collection[str] | None = None,
-) -> Path | None:
-    """The checkpoint with the highest step that verifies (`only` as in `verify`), or None if there is none.
+def first_intact(
+    paths: Sequence[Path], use: Callable[[Path], T], on_skip: Callable[[Path, str], None] = _report_skipped
+) -> T:
+    """What `use` returns of the first of `paths` that it does not find damaged.
 
-    Each newer one that does not verify is passed to `on_skip` with the reason (by default a warning): going
-    back further than a person expects must be seen.
+    Each that raises `DamagedCheckpoint` is passed to `on_skip` with the reason (by default a warning): going
+    back further than a person expects must be seen. Where it is the only one, its own error is raised, and
+    where all are damaged a `CheckpointError` that says so.
     """
+    for path in paths:
+        try:
+            return use(path)
+        except DamagedCheckpoint as error:
+            if len(paths) == 1:
+                raise
+            on_skip(path, str(error))
+    raise CheckpointError(f"{paths[0].parent}: none of the {len(paths)} checkpoints verifies")
+
+
+def find_latest(checkpoints_dir: Path, on_skip: Callable[[Path, str], None] = _report_skipped) -> Path | None:
+    """The checkpoint with the highest step of which every byte verifies, or None if there is none."""
     for path in reversed(list_checkpoints(checkpoints_dir)):
         try:
-            verify(path, only)
-        except CheckpointError as error:
+            verify(path)
+        except DamagedCheckpoint as error:
             on_skip(path, str(error))
         else:
             return path
     return None
 
 
-def resolve(
-    path: Path,
-    on_skip: Callable[[Path, str], None] = _report_skipped,
-    only: Collection[str] | None = None,
-) -> Path:
-    """The verified checkpoint that `path` means: a checkpoint itself, or the newest of a run or a checkpoints
-    directory. Raises `CheckpointError` if there is none."""
+def candidates(path: Path) -> list[Path]:
+    """The checkpoints that `path` means, the one to be taken first; none is verified.
+
+    A checkpoint is itself alone; a run, or a directory of checkpoints, is its checkpoints, the newest first;
+    `best` in either is the one that is marked as the best. Raises `CheckpointError` if there is none.
+    """
+    if path.name == "best" and not path.exists():
+        checkpoints_dir = _checkpoints_dir(path.parent)
+        best = read_best(checkpoints_dir)
+        if best is None:
+            problem = "no checkpoint is marked as the best (checkpoint.keep_best does that)"
+            raise CheckpointError(f"{checkpoints_dir}: {problem}")
+        return [checkpoints_dir / checkpoint_name(best.step)]
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; give a run, or one of its checkpoints")
     if (path / MANIFEST).exists() or _STEP_NAME.fullmatch(path.name):
-        verify(path, only)
-        return path
-    checkpoints_dir = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    latest = find_latest(checkpoints_dir, on_skip, only)
-    if latest is None:
+        return [path]
+    found = list_checkpoints(_checkpoints_dir(path))
+    if not found:
         raise CheckpointError(f"{path}: holds no complete checkpoint")
-    return latest
+    return found[::-1]
+
+
+def _checkpoints_dir(path: Path) -> Path:
+    return path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint with the lowest validation loss of those that were evaluated while they were there."""
+
+    step: int
+    loss: float  # mean over the validation's target tokens, in nats
+
+
+def mark_best(checkpoints_dir: Path, step: int, loss: float) -> bool:
+    """Write best.json if the checkpoint of `step`, which must be there, has a lower loss than the one that is
+    marked; returns whether it was. Raises OSError when the disk refuses, and the earlier mark stays.
+    """
+    try:
+        best = read_best(checkpoints_dir)
+    except DamagedCheckpoint:  # by the disk, for we write it whole: marking starts anew
+        best = None
+    there = best is not None and (checkpoints_dir / checkpoint_name(best.step)).is_dir()
+    if best is not None and there and not loss < best.loss:
+        return False
+    replace_file(checkpoints_dir / BEST, to_json({"step": step, "val/loss": loss}))
+    return True
+
+
+def read_best(checkpoints_dir: Path) -> Best | None:
+    """What best.json says; None where there is none. Raises `DamagedCheckpoint` for one that makes no sense."""
+    path = checkpoints_dir / BEST
+    try:
+        content = from_json(read_bounded(path))
+        if not isinstance(content, dict) or content.keys() != {"step", "val/loss"}:
+            raise ValueError("it does not name a step and its loss")
+        step, loss = content["step"], content["val/loss"]
+        if type(step) is not int or not 0 <= step < 2**63 or type(loss) is not float:
+            raise ValueError(f"step {step} with loss {loss} makes no sense")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
+    return Best(step, loss)
 
 
 def _encode_state(state: Mapping[str, Any]) -> bytes:
     problems = []
     for key, value in state.items():
         try:
-            if not isinstance(key, str) or json.loads(to_json(value)) != value:
+            if not isinstance(key, str) or from_json(to_json(value)) != value:
                 problems.append(f"{key!r} would not read back equal from JSON")
         except (TypeError, ValueError) as error:
             problems.append(f"{key!r}: {error}")
@@ -315,19 +459,17 @@ def _encode_state(state: Mapping[str, Any]) -> bytes:
     return to_json(dict(state))
 
 
-def _describe_failure(error: OSError, final: Path, tensor_files: Mapping[str, Mapping[str, Tensor]]) -> str:
+def _describe_failure(error: Exception, final: Path, tensor_files: Mapping[str, Mapping[str, Tensor]]) -> str:
     needed = sum(tensor.nbytes for tensors in tensor_files.values() for tensor in tensors.values())
-    return (
-        f"could not save {final}: {error.strerror or error} (it takes {needed / 1e6:,.1f} MB of disk); "
-        "earlier checkpoints are untouched"
-    )
+    reason = error.strerror or error if isinstance(error, OSError) else error
+    with suppress(OSError):
+        free = shutil.disk_usage(final.parent).free
+        return f"could not save {final}: {reason} (it takes {_mb(needed)}, and {_mb(free)} are free)"
+    return f"could not save {final}: {reason} (it takes {_mb(needed)} of disk)"
 
 
-def _write_file(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _sha256(path: Path) -> str:
@@ -335,20 +477,3 @@ def _sha256(path: Path) -> str:
         if hasattr(os, "posix_fadvise"):  # so that the disk answers where it can, not the page cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _make_directory(path: Path) -> None:
-    """Create `path` and its parents, each of them durable before anything is put into it."""
-    if path.is_dir():
-        return
-    _make_directory(path.parent)
-    path.mkdir()
-    _fsync_directory(path.parent)

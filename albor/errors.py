@@ -55,10 +55,22 @@ class CheckpointError(AlborError):
     """A checkpoint is missing, damaged, or belongs to something else."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not, to the byte, what was saved; an older one may be."""
+
+
+class DiskFault(CheckpointError):
+    """A checkpoint could not be written, or not be read back. The earlier ones are as they were."""
+
+
 class Diverged(AlborError):
-    """Loss or gradients stayed non-finite; the weights are those of the last good step."""
+    """Loss or gradients stayed non-finite, and going back did not help; no such weights were saved."""
 
     exit_code = 3
+
+
+class Alert(AlborError):
+    """A rule of the configuration's `alerts` ended the run; its state is saved."""
 
 
 class DoesNotFit(AlborError):

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from albor.strictjson import from_json, to_json
 from albor.tensorfile import FileRecord, TensorSpec
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 1
-
-
-def to_json(value: Any) -> bytes:
-    """The JSON text that checkpoints hold: equal values, equal bytes. `ValueError` for a NaN or infinity."""
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Manifest:
     @classmethod
     def from_bytes(cls, raw: bytes) -> Manifest:
         """Parse what `to_bytes` wrote; `ValueError` for anything else."""
-        content = json.loads(raw)
+        content = from_json(raw)
         if not isinstance(content, dict) or "format" not in content:
             raise ValueError("it is not a manifest")
         if content["format"] != FORMAT:

@@ -1,25 +1,28 @@
-"""Safetensors files, written as a stream and read into tensors that already exist.
+"""Safetensors files, written and read as a stream, from and into tensors that already exist.
 
-`safetensors.torch.save_file` cannot write albor's state: it refuses tensors that are views of one storage,
-which every parameter in the arena is; it never fsyncs; and it returns no hash of what it wrote. The format is
-eight bytes of header length, a JSON header and the raw tensors, so it is written here. Reading is left to the
-safetensors library, which checks a foreign header for sizes, overlaps and unknown types.
+The format is eight bytes of header length, a JSON header and the raw tensors. The safetensors library cannot
+write albor's state: it refuses tensors that are views of one storage, which every parameter in the arena is;
+it never fsyncs; and it returns no hash of what it wrote. It reads through a memory map, where a sector that
+the disk cannot give ends the process instead of raising an error, and where what is hashed need not be what
+is loaded. Here every byte passes by once: it is hashed and stored, in either direction.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from albor.errors import CheckpointError
+from albor.strictjson import LARGEST, from_json
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -33,8 +36,10 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 _CHUNK_BYTES = 4 * 2**20  # hashed and written while it is still in the processor's cache
-_HEADER_ALIGNMENT = 8
+_MOST_DIMENSIONS = 16
+_LENGTH_BYTES = 8  # of the header's length; the header itself is filled up to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,13 @@ class TensorSpec:
         return f"{self.dtype} {list(self.shape)}"
 
 
+class _Header(NamedTuple):
+    """A file's beginning, byte for byte, and the tensors that follow it in the order of their data."""
+
+    prefix: bytes
+    tensors: dict[str, TensorSpec]
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
     """Write `tensors` to `path` and return the size and hash of exactly the bytes that were written.
 
@@ -77,14 +89,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (offset, end)}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    text += b" " * (-len(text) % _LENGTH_BYTES)
 
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        prefix = memoryview(len(text).to_bytes(8, "little") + text)
+        prefix = memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for data in chain([prefix], (_memory(tensor) for _, tensor in ordered)):
-            for start in range(0, len(data), _CHUNK_BYTES):
-                chunk = data[start : start + _CHUNK_BYTES]
+            for chunk in _chunks(data):
                 digest.update(chunk)
                 file.write(chunk)
         file.flush()
@@ -97,23 +108,69 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
+def _chunks(data: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(data), _CHUNK_BYTES):
+        yield data[start : start + _CHUNK_BYTES]
+
+
 def tensor_specs(path: Path) -> dict[str, TensorSpec]:
     """Every tensor that the file at `path` says it holds. Raises `CheckpointError` if it cannot be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-            return {name: TensorSpec(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        with open(path, "rb", buffering=0) as file:
+            return _read_header(path, file).tensors
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
-def read_tensors_into(path: Path, tensors: Mapping[str, torch.Tensor], *, convert: bool = False) -> int:
-    """Fill `tensors` from the file at `path`, and return how many were filled.
+def read_tensors_into(
+    path: Path, tensors: Mapping[str, torch.Tensor], *, convert: bool = False
+) -> FileRecord:
+    """Fill `tensors` from the file at `path`, and return the size and hash of exactly the bytes that were
+    read.
 
     Names, shapes and dtypes must match exactly; with `convert`, values are rounded to the tensors' dtypes.
-    Otherwise nothing is filled and `CheckpointError` lists every difference.
+    Otherwise nothing is filled and `CheckpointError` lists every difference. The tensors are contiguous; one
+    that is in the host's memory and keeps the file's dtype is read to where it lies.
     """
-    found, expected = tensor_specs(path), {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    try:
+        with open(path, "rb", buffering=0) as file:
+            header = _read_header(path, file)
+            _check_fit(path, header.tensors, tensors, convert)
+            digest = hashlib.sha256(header.prefix)
+            size = len(header.prefix)
+            staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
+            for name, spec in header.tensors.items():
+                for chunk in _store(path, file, tensors[name].detach(), _DTYPES[spec.dtype], staging):
+                    digest.update(chunk)
+                    size += len(chunk)
+            return FileRecord(size, digest.hexdigest())
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _store(
+    path: Path, file: IO[bytes], tensor: torch.Tensor, dtype: torch.dtype, staging: torch.Tensor
+) -> Iterator[memoryview]:
+    """Reads `tensor` from where `file` stands, where it has `dtype`; yields the bytes as they come."""
+    flat = tensor.view(-1)
+    if tensor.device.type == "cpu" and tensor.dtype == dtype:
+        for chunk in _chunks(flat.view(torch.uint8).numpy().data):
+            _read_exactly(path, file, chunk)
+            yield chunk
+        return
+    step = staging.numel() // dtype.itemsize
+    for start in range(0, flat.numel(), step):
+        target = flat[start : start + step]
+        part = staging[: target.numel() * dtype.itemsize]
+        _read_exactly(path, file, part.numpy().data)
+        target.copy_(part.view(dtype))
+        yield part.numpy().data
+
+
+def _check_fit(
+    path: Path, found: Mapping[str, TensorSpec], tensors: Mapping[str, torch.Tensor], convert: bool
+) -> None:
+    expected = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
     if convert:
         found = {name: replace(s, dtype=expected.get(name, s).dtype) for name, s in found.items()}
     problems = [
@@ -130,10 +187,63 @@ def read_tensors_into(path: Path, tensors: Mapping[str, torch.Tensor], *, conver
     ]
     if problems:
         raise CheckpointError("\n  ".join([f"{path} does not fit this model:", *problems]))
+
+
+def _read_header(path: Path, file: IO[bytes]) -> _Header:
+    """The header that `file` begins with. Its tensors fill the rest of the file, one behind the other."""
+    size = os.fstat(file.fileno()).st_size
+    length = bytearray(_LENGTH_BYTES)
+    if size < _LENGTH_BYTES:
+        raise _unreadable(path, f"{size} bytes are no header")
+    _read_exactly(path, file, memoryview(length))
+    count = int.from_bytes(length, "little")
+    if count > min(size - _LENGTH_BYTES, LARGEST):
+        raise _unreadable(path, f"a header of {count:,} bytes in a file of {size:,}")
+    text = bytearray(count)
+    _read_exactly(path, file, memoryview(text))
     try:
-        with torch.no_grad(), safe_open(path, framework="pt") as file:
-            for name, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-    return len(tensors)
+        tensors = _parse_header(bytes(text), size - _LENGTH_BYTES - count)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, f"its header: {error}") from error
+    return _Header(bytes(length + text), tensors)
+
+
+def _parse_header(text: bytes, data_bytes: int) -> dict[str, TensorSpec]:
+    """The tensors of a header, in the order of their data. Raises for anything that is not just right."""
+    content: dict[str, dict[str, Any]] = from_json(text)
+    entries = []
+    for name, entry in content.items():
+        if name == "__metadata__":
+            continue
+        (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        plausible = (type(n) is int and 0 <= n < 2**63 for n in (start, end, *shape))
+        if not all(plausible) or len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"{name} has a shape or a place that is none")
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name} has the unknown dtype {dtype}")
+        spec = TensorSpec(dtype, tuple(shape))
+        if math.prod(spec.shape) * _DTYPES[spec.dtype].itemsize != end - start:
+            raise ValueError(f"{name} is {spec}, which {end - start} bytes are not")
+        entries.append((start, end, name, spec))
+    entries.sort(key=lambda entry: entry[:2])
+    place = 0
+    for start, end, name, _ in entries:
+        if start != place:
+            raise ValueError(f"{name} does not begin where the tensor before it ends")
+        place = end
+    if place != data_bytes:
+        raise ValueError(f"it describes {place:,} bytes, and {data_bytes:,} follow")
+    return {name: spec for _, _, name, spec in entries}
+
+
+def _read_exactly(path: Path, file: IO[bytes], target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done:])  # type: ignore[attr-defined]  # a raw file has it
+        if not count:
+            raise _unreadable(path, "it ends too early")
+        done += count
+
+
+def _unreadable(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(f"{path}: not a readable safetensors file: {reason}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from albor.checkpoint import load, save
+from albor.checkpoint import Retention, load, save
 
 FILES = {"config.yaml": b"name: test\n", "tokenizer.model": bytes(range(256))}
 
@@ -30,8 +30,10 @@ def make_state(step: int) -> dict[str, Any]:
 
 
 def save_step(directory: Path, step: int, keep_last: int = 10, **changes: Any) -> Path:
+    """A checkpoint of `step`; `changes` are other arguments of `save`, or further keys of Retention."""
+    kept = {key: changes.pop(key) for key in ("keep_every", "keep_best") if key in changes}
     arguments = {"tensor_files": make_tensors(step), "state": make_state(step), "files": FILES, **changes}
-    return save(directory, step, keep_last=keep_last, **arguments)
+    return save(directory, step, retention=Retention(keep_last, **kept), **arguments)
 
 
 def load_step(path: Path, size: int = 1000) -> int:

@@ -24,7 +24,7 @@ from checkpoint_cases import (
 )
 
 from albor import checkpoint
-from albor.checkpoint import find_latest, list_checkpoints, load, resolve, verify
+from albor.checkpoint import candidates, find_latest, first_intact, list_checkpoints, load, verify
 from albor.errors import CheckpointError
 from albor.manifest import MANIFEST, Manifest
 
@@ -198,7 +198,7 @@ def test_the_newest_is_the_highest_number_not_name_or_time(tmp_path: Path) -> No
     for step in reversed(steps):
         save_step(tmp_path, step)
         time.sleep(0.01)
-    assert [checkpoint._step_of(path) for path in list_checkpoints(tmp_path)] == sorted(steps)
+    assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path)] == sorted(steps)
     assert find_latest(tmp_path, no_skip) == tmp_path / "step-1234567890"
     (tmp_path / "step-99999999999").mkdir()
     (tmp_path / "step-000000001234567899").mkdir()  # not a name that we give
@@ -254,7 +254,12 @@ def test_litter_of_the_dead_is_removed_and_of_the_living_is_not(tmp_path: Path) 
     assert names_in(tmp_path) == [f".step-00000009.tmp-{living}", "step-00000001"]
 
 
-def test_resolve_takes_a_run_a_directory_of_checkpoints_or_one(tmp_path: Path) -> None:
+def resolve(path: Path) -> Path:
+    """The checkpoint that `path` means, if it is intact."""
+    return first_intact(candidates(path), lambda found: (found, verify(found)), no_skip)[0]
+
+
+def test_a_path_means_a_run_a_directory_of_checkpoints_or_one(tmp_path: Path) -> None:
     directory = tmp_path / "run" / "checkpoints"
     first, second = save_step(directory, 1), save_step(directory, 2)
     assert resolve(tmp_path / "run") == resolve(directory) == resolve(second) == second

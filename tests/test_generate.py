@@ -275,7 +275,7 @@ def save_run(directory: Path, tokenizer: Tokenizer, dtype: torch.dtype, **train:
         {"weights": weights, "optimizer": {"first": torch.zeros(5)}},
         {"step": 7},
         {"config.yaml": dump_config(config).encode(), "tokenizer.model": tokenizer.model},
-        keep_last=1,
+        checkpoint.Retention(keep_last=1),
     )
 
 

@@ -20,7 +20,6 @@ from albor.model.parameters import named_tensors
 from albor.model.transformer import Transformer
 
 _CONFIG, _TOKENIZER, _WEIGHTS = "config.yaml", "tokenizer.model", "weights"
-_READ = (_CONFIG, _TOKENIZER, f"{_WEIGHTS}.safetensors")
 
 
 class Loaded(NamedTuple):
@@ -33,12 +32,18 @@ class Loaded(NamedTuple):
 
 
 def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "auto") -> Loaded:
-    """The newest checkpoint of the run at `path`, or the checkpoint `path` itself; what is read is verified.
+    """The newest checkpoint of the run at `path`, its best one (`path/best`), or the checkpoint `path`
+    itself; what is read is verified.
 
     It need not have been trained on this machine: `auto` is CUDA if there is a GPU, and weights are rounded
     where another dtype is computed in here. Raises CheckpointError where there is no intact checkpoint.
     """
-    directory = checkpoint.resolve(path, only=_READ)
+    place: Literal["cuda", "cpu"] = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return checkpoint.first_intact(checkpoint.candidates(path), lambda found: _load(found, place))
+
+
+def _load(directory: Path, place: Literal["cuda", "cpu"]) -> Loaded:
+    checkpoint.verify(directory, tensors=False)
     config = load_config(directory / _CONFIG)
     tokenizer = Tokenizer.load(directory / _TOKENIZER)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -46,7 +51,6 @@ def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "aut
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, and the model only "
             f"{config.model.vocab_size}"
         )
-    place: Literal["cuda", "cpu"] = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     # The CPU has no fp16 arithmetic worth the name, but may well write with what was trained in it.
     precision = "fp32" if place == "cpu" and config.train.precision == "fp16" else config.train.precision
     architecture = Architecture.from_config(config.model)

@@ -287,7 +287,28 @@ class CheckpointConfig(Section):
     """When the run's state is saved, and how many states are kept."""
 
     every_steps: Count = Field(1000, description="Steps between checkpoints; the last step is always saved.")
-    keep_last: Count = Field(3, description="Newest checkpoints that are kept; older ones are removed.")
+    keep_last: Count = Field(
+        3, description="Newest checkpoints that are kept; older ones are removed, but for those below."
+    )
+    keep_every: Count | None = Field(
+        None, description="Checkpoints at multiples of this step are kept for good; null: none."
+    )
+    keep_best: bool = Field(
+        False,
+        description="Keep the checkpoint with the lowest validation loss too; albor generate RUN/best takes it. "
+        "It is one of those that were evaluated at their own step (evaluate.every_steps).",
+    )
+    retries: CountOrZero = Field(
+        5,
+        le=20,
+        description="Further attempts at a save that the disk refused, after 1, 2, 4, 8, ... seconds, and a "
+        "minute at most; then the run ends. Nothing else happens meanwhile.",
+    )
+    background: bool = Field(
+        False,
+        description="Copy the state into host memory, which the plan counts, and write it from there while the "
+        "training goes on. One save at a time; the last one of the run is waited for.",
+    )
 
 
 class LogConfig(Section):
@@ -373,6 +394,14 @@ def check_algebra(config: RunConfig) -> list[Problem]:
             "optimizer.state_dtype train.precision",
             f"bf16 state needs bf16 weights, and train.precision is {train.precision}",
             "use fp32, or train.precision=bf16",
+        )
+    every = config.checkpoint.every_steps
+    if config.checkpoint.keep_every is not None and config.checkpoint.keep_every % every:
+        refuse(
+            "checkpoint.keep_every checkpoint.every_steps",
+            f"{config.checkpoint.keep_every} is no multiple of every_steps ({every}), so there would be no "
+            "checkpoint at most of its multiples",
+            f"use {every * max(1, config.checkpoint.keep_every // every)}",
         )
     if train.attention != "auto" and config.device == "cpu":
         message = f"{train.attention} needs a GPU, and device is cpu"

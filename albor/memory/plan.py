@@ -33,6 +33,9 @@ GROUPS: tuple[Group, ...] = (
 )  # fmt: skip
 DTYPE_BYTES = {"bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "float64": 8, "int64": 8}
 
+# What a run learns, flat; a checkpoint holds these and nothing else of the arena.
+STATE_BUFFERS = ("weights", "master", "moments.first", "moments.second")
+
 ALIGNMENT_BYTES = (
     256  # of every buffer; what CUDA's own allocator guarantees at least, and a multiple of AVX-512's
 )
@@ -246,7 +249,7 @@ def _plan_training(
     last_forward, first_backward = f"forward.{layers - 1:02d}", f"backward.{layers - 1:02d}"
     last_backward = "backward.00"
 
-    _add_state(draft, config, model)
+    _add_state(draft, config, model, device)
     _add_gradients(draft, model, place, device, return_early)
     _add_workspace(draft, config, model, device, trains=True)
     _add_io(draft, config, rows, device)
@@ -380,14 +383,18 @@ def rounds_state(config: RunConfig, compute_dtype: str) -> bool:
     return config.optimizer.state_dtype == "bf16" and compute_dtype == "bfloat16"
 
 
-def _add_state(draft: _Draft, config: RunConfig, model: Architecture) -> None:
-    """Weights and optimizer state: flat, one slice per block."""
-    draft.add("weights", (model.flat_size,), "weights")
-    if keeps_master(config, draft.compute_dtype):
-        draft.add("master", (model.flat_size,), "master", dtype="float32")
+def _add_state(draft: _Draft, config: RunConfig, model: Architecture, device: str) -> None:
+    """Weights and optimizer state: flat, one slice per block. Saving in the background takes a copy of each."""
+    places: list[tuple[str, Place]] = [("", "device")]
+    if config.checkpoint.background:
+        places.append(("snapshot.", "pinned" if device == "cuda" else "host"))
     moments = "bfloat16" if rounds_state(config, draft.compute_dtype) else draft.wide_dtype
-    for name in ("first", "second"):
-        draft.add(f"moments.{name}", (model.flat_size,), "moments", dtype=moments)
+    for prefix, place in places:
+        draft.add(f"{prefix}weights", (model.flat_size,), "weights", place=place)
+        if keeps_master(config, draft.compute_dtype):
+            draft.add(f"{prefix}master", (model.flat_size,), "master", dtype="float32", place=place)
+        for name in ("first", "second"):
+            draft.add(f"{prefix}moments.{name}", (model.flat_size,), "moments", dtype=moments, place=place)
 
 
 def _add_gradients(

@@ -21,6 +21,7 @@ def train(spec: Spec, recorder: Recorder, accumulator: str | None = None) -> Non
     assert plan.compute_dtype == spec.dtype
     recorder.note(
         accumulator=plan.accumulator,
+        attention=plan.attention.backend,
         planned_device_bytes=plan.size("device"),
         recompute=config.train.recompute,
     )

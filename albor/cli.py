@@ -522,8 +522,8 @@ def main() -> None:
         print(f"albor: {error}" if len(str(error).splitlines()) == 1 else f"albor:\n{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        # What typer makes of Ctrl-C, and show_progress of SIGTERM; while a model trains, it is saved instead.
-        if end.code in (130, 143):
+        # What typer makes of Ctrl-C, and signals_unwind of SIGTERM and SIGHUP; `albor train` saves instead.
+        if end.code in (129, 130, 143):
             print("albor: interrupted; there is nothing to save", file=sys.stderr)
         raise
     except BrokenPipeError:  # the reader of our output went away, as `head` does

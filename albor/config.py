@@ -215,6 +215,11 @@ class TrainConfig(Section):
         None, description="Tokens of the run, rounded up to whole steps. Give this or max_steps."
     )
     micro_batch_size: Count = Field(4, description="Sequences per forward and backward pass.")
+    max_hours: Positive | None = Field(
+        None,
+        description="Wall-clock hours from the start of the command within which the run saves and exits with "
+        "75, to go on when it is started again; null: no limit.",
+    )
     gradient_accumulation_steps: Count = Field(
         1,
         description="Micro-batches per optimizer step; tokens per step are this x micro_batch_size x "

@@ -20,21 +20,28 @@ _SILENT_SECONDS = 10.0  # in a pipe, a stage that lasts longer than this says ho
 def show_progress(console: Console) -> Iterator[Report]:
     """Yields a function to call with (stage, bytes done, bytes in all or None), as often as one likes.
 
-    Meanwhile SIGTERM ends the process as Ctrl-C does: what is under way cleans up, and the cursor comes back.
+    Meanwhile SIGTERM and SIGHUP end the process as Ctrl-C does.
     """
-    with _sigterm_unwinds(), _reporter(console) as report:
+    with signals_unwind(), _reporter(console) as report:
         yield report
 
 
 @contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    previous = signal.getsignal(signal.SIGTERM)
-    if previous is signal.SIG_DFL:  # one that the process was started to ignore stays ignored
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+def signals_unwind() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process as Ctrl-C does: what is under way cleans up, and the cursor comes
+    back.
+
+    One that the process was started to ignore stays ignored, and one that somebody handles stays handled.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -169,11 +169,11 @@ def test_what_does_not_fit_is_4():
 
 
 def test_ctrl_c_before_the_training(config: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Tokenizer, "train", interrupted)
+    monkeypatch.setattr(Tokenizer, "train", lambda *_: signal.raise_signal(signal.SIGINT))
     result = call("train", config, "data.cache_dir=new")
+    assert (result.code, Path("runs").exists()) == (75, False)
+    assert result.err.startswith("albor: stopped by SIGINT before the first step; no training is lost")
+    result = call("data", "prepare", config, "data.cache_dir=new")
     assert (result.code, result.err) == (130, "albor: interrupted; there is nothing to save\n")
 
 
@@ -184,9 +184,9 @@ def test_sigterm_before_the_training(config: Path):
         "Tokenizer.train = lambda *_: signal.raise_signal(signal.SIGTERM)\nmain()\n"
     )
     terminal = Terminal("-c", program, "train", str(config), "data.cache_dir=new")
-    assert terminal.finish() == 143
+    assert terminal.finish() == 75
     assert b"\x1b[?25l" in terminal.shown, "there was no progress"
-    assert b"albor: interrupted; there is nothing to save" in terminal.shown
+    assert b"albor: stopped by SIGTERM before the first step" in terminal.shown
     assert not list(Path("new").glob("*/")), "an entry that was being written is left"
 
 
@@ -382,8 +382,9 @@ def test_ctrl_c_in_the_live_display(config: Path, environment: dict[str, str]):
 
 def test_a_second_ctrl_c_gives_the_cursor_back():
     program = (
-        "import signal\nfrom albor.train.signals import StopRequest\nprint('\\x1b[?25l', flush=True)\n"
-        "with StopRequest():\n    for _ in range(2):\n        signal.raise_signal(signal.SIGINT)\n"
+        "import signal, time\nfrom albor.train.signals import StopRequest\nprint('\\x1b[?25l', flush=True)\n"
+        "with StopRequest() as stop:\n    stop.defer()\n"
+        "    for _ in range(2):\n        signal.raise_signal(signal.SIGINT)\n        time.sleep(0.7)\n"
     )
     terminal = Terminal("-c", program)
     assert terminal.finish() == 128 + signal.SIGINT

@@ -112,6 +112,7 @@ EFFECTS = [
     Effect("schedule.decay_fraction", "schedule.decay_fraction=0.5", "lr weights", ("schedule.kind=wsd",)),
     Effect("train.max_steps", "train.max_steps=5", "rows lr tokens"),
     Effect("train.max_tokens", "train.max_tokens=700", "rows lr tokens", TOKENS),
+    Effect("train.max_hours", "train.max_hours=1e-9", "code"),  # too little for a save
     Effect("train.micro_batch_size", "train.micro_batch_size=2", "plan loss tokens"),
     Effect("train.gradient_accumulation_steps", "train.gradient_accumulation_steps=2", "loss tokens"),
     Effect("train.precision", "train.precision=bf16", "plan loss weights"),

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up: a module imports from its own row and from those before it. A room stands for all in it.
 ROWS = (
-    ("__init__", "errors", "units", "seeds", "progress", "faults", "kernels"),
+    (
+        "__init__", "errors", "units", "seeds", "progress", "faults", "strictjson", "alerts", "spikes",
+        "kernels",
+    ),
     ("yamlcore", "config", "configfile", "architecture"),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
@@ -27,12 +30,14 @@ ROWS = (
     ("ops",),
     ("model",),
     ("data",),
-    ("tensorfile",),
+    ("durable", "tensorfile"),
     ("manifest", "checkpoint"),
     (
         "train.__init__", "train.schedule", "train.streams", "train.accumulator", "train.optimizer",
         "train.guard",
-        "train.step", "train.metrics", "train.display", "train.report", "train.signals",
+        "train.step", "train.metrics", "train.display", "train.report", "train.time_limit",
+        "train.signals", "train.resume_policy",
+        "train.snapshot",
     ),
     ("evaluate", "generate", "export"),
     ("train.rehearsal", "train.run_directory", "train.session", "train.loop", "train.run", "canary"),

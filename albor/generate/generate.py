@@ -46,13 +46,15 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    on_token: Callable[[], None] = lambda: None,
 ) -> Generation:
     """Goes on from `prompt` for at most `max_tokens` tokens, chosen as `albor.generate.sampler.sample` does.
 
     The prompt is read as the beginning of a document, which in training follows an end-of-document token; so
     an empty one begins a document of the model's own. `on_text` gets the text in pieces as it becomes
-    certain, and they join to the result's. Equal arguments give equal tokens. Raises PromptTooLong for a
-    prompt that is, and ConfigError for settings that mean nothing.
+    certain, and they join to the result's; `on_token` is called before each token, and may raise. Equal
+    arguments give equal tokens. Raises PromptTooLong for a prompt that is, and ConfigError for settings that
+    mean nothing.
     """
     began = time.perf_counter()
     check_settings(temperature, top_k, top_p)
@@ -77,6 +79,7 @@ def generate(
         if decoder.length + len(unread) > decoder.context:
             stop_reason = "context_full"
             break
+        on_token()
         logits = decoder.feed(torch.tensor(unread))
         # A vocabulary may be larger than its tokenizer's; nothing is written with the ids beyond.
         logits = logits[: tokenizer.vocab_size]

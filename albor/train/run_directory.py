@@ -6,9 +6,8 @@ import fcntl
 import json
 import os
 import platform
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,30 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from albor import __version__
+from albor import __version__, durable
 from albor.config import RunConfig
 from albor.configfile import dump_config
-from albor.errors import AlborError, ConfigError, Problem
+from albor.errors import AlborError
 from albor.memory.plan import MemoryPlan
 
-# Keys that change neither what is computed nor the state it is computed from. Any other is refused on resume:
-# the run would no longer be the one that its checkpoint belongs to.
-_FREE_KEYS = (
-    "runs_dir",
-    "device",
-    "data.cache_dir",
-    "data.max_epochs",
-    "tokenizer.path",  # the content of tokenizer and sources is compared by its hash
-    "train.accumulator",
-    "train.recompute",
-    "train.max_skipped_steps",
-    "evaluate",
-    "checkpoint",
-    "log",
-)
-
-
-_SOURCE_PATH = re.compile(r"data\.sources\.\d+\.path")
+_LOCK = ".lock"  # held while a process trains in the directory; stays there, empty
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -49,29 +31,54 @@ def run_directory(config: RunConfig) -> Path:
 
 
 @contextmanager
-def claim(directory: Path) -> Iterator[None]:
-    """Makes the run directory, and keeps other processes from training in it until the block, or we, end."""
+def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Makes the run directory, and keeps other processes from training in it until the block, or we, end.
+
+    Where the file system has no locks (NFS without a lock service), `warn` is told so and nothing is kept
+    out.
+    """
     created = [path for path in (directory, directory.parent) if not path.exists()]
+    lock = directory / _LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        handle = _lock(lock, warn)
     except OSError as error:
         raise AlborError(f"runs_dir: {directory} cannot be used: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
+    if handle is None:
         problem = f"another process is training in {directory}; wait for it, or choose another name"
-        raise AlborError(problem) from error
-    except OSError:
-        pass  # a file system without locks: better to train than not to
+        raise AlborError(problem)
     try:
         yield
     finally:
-        with suppress(OSError):  # a run that was refused leaves nothing; one that was not is not empty
-            for path in created:
-                path.rmdir()
+        # A run that was refused leaves nothing; one that was not has more here than the lock.
+        if directory in created and os.listdir(directory) == [_LOCK]:
+            with suppress(OSError):
+                lock.unlink()
+                for path in created:
+                    path.rmdir()
         os.close(handle)
+
+
+def _lock(path: Path, warn: Callable[[str], None]) -> int | None:
+    """The open and locked file at `path`; None if another process has it."""
+    while True:
+        # For writing, because NFS makes a lock on a byte range of flock, and an exclusive one needs that.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError as error:
+            warn(
+                f"{path.parent} cannot be locked ({error.strerror}); see to it that no other process trains "
+                "in it"
+            )
+            return handle
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # its last owner has removed it since we opened it
 
 
 def write_description(directory: Path, config: RunConfig, given: str, plan: MemoryPlan) -> None:
@@ -80,38 +87,6 @@ def write_description(directory: Path, config: RunConfig, given: str, plan: Memo
     replace_file(directory / "config.resolved.yaml", dump_config(config))
     replace_file(directory / "plan.json", json.dumps(_plan_json(plan), indent=1) + "\n")
     replace_file(directory / "env.json", json.dumps(_environment(plan), indent=1) + "\n")
-
-
-def check_resumable(config: RunConfig, saved: RunConfig, checkpoint: Path) -> None:
-    """Raises ConfigError, with every key, if `config` would continue `checkpoint` as a different run."""
-    problems = []
-    before, now = _leaves(saved.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
-    for key in dict.fromkeys([*before, *now]):
-        free = any(key == name or key.startswith(name + ".") for name in _FREE_KEYS)
-        if before.get(key) == now.get(key) or free or key == "name" or _SOURCE_PATH.fullmatch(key):
-            continue
-        problems.append(
-            Problem(
-                key,
-                f"{json.dumps(now.get(key))}, but {checkpoint} has {json.dumps(before.get(key))}",
-                "restore it, or give the new run another name",
-            )
-        )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as {dotted key: leaf}."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        items = enumerate(value)  # type: ignore[assignment]  # keys become text either way
-    else:
-        return {path: value}
-    return {
-        k: v for key, item in items for k, v in _leaves(item, f"{path}.{key}" if path else str(key)).items()
-    }
 
 
 def _plan_json(plan: MemoryPlan) -> dict[str, Any]:
@@ -152,6 +127,7 @@ def _processor() -> str:
 
 def replace_file(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        durable.replace_file(path, text.encode())
+    except OSError as error:
+        raise AlborError(f"{path} cannot be written: {error.strerror or error}") from error

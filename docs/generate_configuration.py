@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from albor.configfile import schema
+from albor.train.resume_policy import POLICIES, Policy
 
 PAGE = Path(__file__).parent / "configuration.md"
 LARGEST = 2**63 - 1  # the bound of every count, which says nothing to a reader
@@ -50,12 +51,18 @@ run, the run may not repeat its data more often than `data.max_epochs` allows.
 **In an editor.** The first line of the shipped files names the JSON schema, by which editors with a YAML
 language server complete keys and show what they mean. `albor schema` prints it for files elsewhere.
 
-**When a run goes on** from a checkpoint, only these may differ from what it began with: `runs_dir`,
-`device`, `data.cache_dir`, `data.max_epochs`, `train.accumulator`, `train.recompute`,
-`train.max_skipped_steps`, all of `evaluate`, `checkpoint` and `log`, and, where `--resume` names the
-checkpoint, `name`. So may `tokenizer.path` and the paths of sources, as long as the same content lies
-there. Any other change is refused, because it would be another run: give that one another name, and let it
-start anew.
+**When a run goes on** from a checkpoint, some keys may have another value than before. The
+[table at the end](#when-a-run-goes-on) has all of them.
+"""
+
+RESUME = """\
+## When a run goes on
+
+What `albor train` does with a key that is not what the checkpoint was trained with
+(`albor/train/resume_policy.py` holds this table). A change that is refused is named, with all others, before
+anything is written, and the exit code is 2; it would make another run, which needs another `name`. One that
+is allowed is said, and recorded in `events.jsonl` as `config_changed` with the key, the value before and the
+value after. The keys of a source are those of its place in the list.
 """
 
 
@@ -75,7 +82,21 @@ def page() -> str:
             keys = {key: field for key, field in source["properties"].items() if key != "kind"}
             parts.append(f"### `kind: {kind}`\n\n{source['description']}\n")
             parts.append(_table(keys, source["required"], ""))
+    parts.append(RESUME)
+    parts.append(_resume_table())
     return "\n".join(parts)
+
+
+def _resume_table() -> str:
+    """`POLICIES` with the keys of one policy in one row."""
+    keys: dict[Policy, list[str]] = {}
+    for key, policy in POLICIES.items():
+        keys.setdefault(policy, []).append(f"`{key}`")
+    words = {"allowed": "yes", "refused": "no", "schedule": "in part"}
+    rows = [("may change", "keys", "because"), ("---", "---", "---")]
+    order = sorted(keys, key=lambda policy: list(words).index(policy.verdict))
+    rows += [(words[policy.verdict], ", ".join(keys[policy]), policy.why) for policy in order]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def _reference(field: dict[str, Any]) -> str:
@@ -142,6 +163,8 @@ def _alternatives(field: dict[str, Any]) -> Iterator[str]:
             yield f"list of {_value(inner)}"
     elif field.get("type") in ("number", "integer"):
         yield ("number" if field["type"] == "number" else "whole number") + _bounds(field)
+    elif field.get("type") == "object":
+        yield f"group of keys, each with {_value(field['additionalProperties'])}"
     elif "pattern" in field:
         yield f"text that matches `{field['pattern']}`"
     else:

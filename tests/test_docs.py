@@ -69,19 +69,6 @@ def test_the_mistakes_shown_are_real():
     assert set(shown[2].splitlines()) <= set(real)
 
 
-def test_the_keys_that_may_differ_on_resume_are_those_of_the_code():
-    tree = ast.parse((ROOT / "albor/train/run_directory.py").read_text(encoding="utf-8"))
-    free = next(
-        ast.literal_eval(n.value)
-        for n in tree.body
-        if isinstance(n, ast.Assign) and n.targets[0].id == "_FREE_KEYS"
-    )
-    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
-    paragraph = re.search(r"\*\*When a run goes on\*\*.*?another name", page, re.DOTALL)
-    assert paragraph is not None
-    assert set(CODE.findall(paragraph[0])) == {*free, "--resume", "name"}
-
-
 def squeezed(code: str) -> str:
     """Code without its white space and the commas that a formatter adds: where lines break is not quoted."""
     return re.sub(r",(?=[)\]}])", "", re.sub(r"\s+", "", code))

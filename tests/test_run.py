@@ -385,7 +385,7 @@ def test_how_it_is_computed_may_change_on_the_way(config: Path, whole: dict[str,
 
 def test_what_is_computed_may_not_change_on_the_way(config: Path):
     """Every key is named at once, before anything is prepared for the other run."""
-    stop_in(3, config)
+    stop_in(6, config)
     before, cached = tree(RUN), tree(config.parent / "data")
     changes = {
         "seed": 8,

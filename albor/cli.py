@@ -53,6 +53,13 @@ class Reference(StrEnum):
     ORACLE = "oracle"
 
 
+class StopSignal(StrEnum):
+    """What `albor verify-resume` stops a run with."""
+
+    KILL = "kill"
+    TERM = "term"
+
+
 RunPath = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", show_default=False),
@@ -224,6 +231,49 @@ def canary(
 
 
 @data_app.command("prepare")
+@app.command("verify-resume")
+def verify_resume(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps to train, and to compare after.")] = 8,
+    signal: Annotated[
+        StopSignal, typer.Option(help="How the run is stopped: kill (SIGKILL) or term (SIGTERM, which saves).")
+    ] = StopSignal.KILL,
+    as_json: AsJson = False,
+) -> None:
+    """Stop and resume a run's first steps, and say whether that changes a single bit.
+
+    \b
+    albor verify-resume configs/quickstart.yaml
+    albor verify-resume configs/pretrain-350m.yaml --steps 20 --signal term
+    albor verify-resume configs/quickstart.yaml train.accumulator=gpu --json
+
+    For before days of training, on the machine that will do it: one run is left alone, another
+    is stopped in the middle of a step and started again; then weights, moments, state and logged
+    losses are compared. Both are temporary, and nothing is written but the prepared data.
+
+    Exit code 1: they differ, and the first tensor that does is named.
+    """
+    from albor.configfile import load_config
+    from albor.memory.estimate import plan_for_training
+
+    run = load_config(config, overrides or [])
+    target = plan_for_training(run)
+    console = _console(stderr=as_json)
+    if target.fallback:
+        console.out(target.fallback, highlight=False)
+
+    from albor.train.verify_resume import print_verification
+    from albor.train.verify_resume import verify_resume as verify
+
+    found = verify(config, overrides or [], run, target, steps, signal.value, console)
+    if as_json:
+        print(json.dumps(found.as_json()))
+    else:
+        print_verification(found, console)
+    raise typer.Exit(0 if found.identical else 1)
+
+
 def data_prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train the tokenizer and tokenise every source, as `albor train` would; a second call finds it done.
 

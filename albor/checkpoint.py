@@ -113,9 +113,9 @@ def save(
             clear_leftovers(checkpoints_dir)
     try:
         remove(removable(checkpoints_dir, step, retention))
+        faults.reach("save.pruned", step)
     except (OSError, CheckpointError) as error:  # the run's state is safe: no reason to stop it
         on_warning(f"could not remove an old checkpoint: {error}")
-    faults.reach("save.pruned", step)
     return final
 
 

@@ -22,6 +22,7 @@ from albor import checkpoint
 from albor.checkpoint import Retention
 from albor.config import RunConfig
 from albor.errors import AlborError, CheckpointError, DiskFault
+from albor.memory.devices import format_bytes
 from albor.train.display import Display
 from albor.train.metrics import MetricsLog
 from albor.train.session import Session, checkpoint_bytes, checkpoint_tensors
@@ -123,11 +124,11 @@ class Saver:
             self._writer.shutdown()
 
     def evaluated(self, step: int, loss: float) -> None:
-        """The validation loss at `step` is this: marks the checkpoint of that step, if it is the best.
-
-        One that is still being written is marked when it is there.
+        """The validation loss at `step` is this: marks the checkpoint of that step, if there is one and it is
+        the best. One that is still being written is marked when it is there.
         """
-        if self._retention.keep_best:
+        under_way = self._in_flight[0].step if self._in_flight else None
+        if self._retention.keep_best and step in (self.saved_step, under_way):
             self._evaluated = step, loss
             self._mark_best()
 
@@ -208,8 +209,9 @@ def find_shortage(session: Session, step: int, saves: int) -> str | None:
     if free >= size and free + freed >= saves * size:
         return None
     what = "the next checkpoint takes" if saves == 1 else f"the next {saves} checkpoints take"
-    removed = f", and {_gb(freed)} more once older ones are removed" if freed else ""
-    return f"{what} {_gb(saves * size)}, and on the disk of {directory} {_gb(free)} are free{removed}"
+    removed = f", and {format_bytes(freed)} more once older ones are removed" if freed else ""
+    there = f"on the disk of {directory} {format_bytes(free)} are free{removed}"
+    return f"{what} {format_bytes(saves * size)}, and {there}"
 
 
 def preflight(session: Session, say: Callable[[str], None]) -> None:
@@ -228,8 +230,8 @@ def preflight(session: Session, say: Callable[[str], None]) -> None:
     room = _free(session) + sum(map(_bytes_of, checkpoint.list_checkpoints(directory)))
     if room < (kept + 1) * size:  # one is written while the others are there
         say(
-            f"the checkpoints that this run keeps come to {_gb(kept * size)}, and one more while it is "
-            f"written; on the disk of {directory} there is room for {_gb(room)}"
+            f"the checkpoints that this run keeps come to {format_bytes(kept * size)}, and one more while it "
+            f"is written; on the disk of {directory} there is room for {format_bytes(room)}"
         )
 
 
@@ -251,7 +253,3 @@ def _free(session: Session) -> int:
 
 def _bytes_of(path: Path) -> int:
     return sum(entry.stat(follow_symlinks=False).st_size for entry in path.iterdir())
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB"

@@ -3,6 +3,7 @@
 # make check        lint, format, types
 # make bench        the CPU benchmark against its peers
 # make bench-gpu    the same on a GPU, which docs/performance.md explains
+# make torture      500 random kills, 1,000 damaged checkpoints, power cuts; takes some minutes
 # make aot          compiles every kernel for every supported GPU, and records what it takes; needs none
 # Each sets up what it needs in .venv first; PYTHON=python3.12 chooses the interpreter.
 
@@ -10,7 +11,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench bench-gpu aot clean
+.PHONY: quickstart test check bench bench-gpu torture aot clean
 
 quickstart: .venv/installed
 	$(BIN)/albor train configs/quickstart.yaml
@@ -25,6 +26,9 @@ check: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/cpu.py
+
+torture: .venv/installed-dev
+	$(BIN)/python benchmarks/torture.py
 
 aot: .venv/installed-dev
 	$(BIN)/python benchmarks/aot.py

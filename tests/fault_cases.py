@@ -7,6 +7,7 @@ micro-batch was the one that belongs to its place.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,16 +18,19 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import run_cases
-from fault_server import CONSUMED, REACHED
+from fault_server import CONSUMED, POISONED, REACHED, TRACE
 from run_cases import ENVIRONMENT, Result, bits
 
+from albor.checkpoint import find_latest, list_checkpoints, verify
+from albor.errors import CheckpointError
 from albor.faults import VARIABLE
 
 NAME = "tiny"
@@ -140,6 +144,91 @@ class Server:
     def run(self, directory: Path, *arguments: object, **keywords: Any) -> Result:
         """`start`, and wait."""
         return self.start(directory, *arguments, **keywords).wait()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of running the configuration; each has an undisturbed run of its own."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+PLAIN = Variant("plain")
+ROUNDED = Variant("random rounding", ("train.precision=bf16", "optimizer.state_dtype=bf16"))
+BACKGROUND = Variant("background saves", ("checkpoint.background=true",))
+# Five steps after the first checkpoint have a loss of NaN, and the run goes back to it.
+ROLLED_BACK = Variant("rollback", environment={POISONED: "16-25"})
+
+
+class NotReached(Exception):
+    """A case did not come to what it is about, which is no verdict on it."""
+
+
+def reach(condition: object, what: object) -> None:
+    """Raises NotReached unless `condition`."""
+    if not condition:
+        raise NotReached(what)
+
+
+class Bench:
+    """The server, what undisturbed runs come to, and directories for disturbed ones."""
+
+    def __init__(self, server: Server, directory: Path, variants: Sequence[Variant] = (PLAIN,)):
+        self.server, self._directory, self._numbers = server, directory, itertools.count()
+        self.project = directory / "project"
+        self.config = write_project(self.project)
+        self.expected: dict[str, dict[str, Any]] = {}
+        self.points: dict[str, list[tuple[str, int | None]]] = {}
+        for variant in variants:
+            undisturbed = self.fresh()
+            result = self.train(undisturbed, variant=variant, trace=True)
+            reach(result.code == 0, f"the undisturbed run ({variant.name}) failed: {result.err}")
+            self.expected[variant.name] = outcome(undisturbed)
+            self.points[variant.name] = reached(undisturbed)
+
+    def fresh(self) -> Path:
+        """The path of a new directory."""
+        return self._directory / str(next(self._numbers))
+
+    def start(
+        self,
+        directory: Path,
+        *arguments: str,
+        variant: Variant = PLAIN,
+        environment: Mapping[str, str] | None = None,
+        trace: bool = False,
+        **keywords: Any,
+    ) -> Child:
+        """`albor train` in `directory`; keywords as in `Server.start`."""
+        variables = {**variant.environment, **(environment or {}), TRACE: "1" if trace else ""}
+        given = (*variant.arguments, *arguments)
+        return self.server.start(directory, "train", self.config, *given, environment=variables, **keywords)
+
+    def train(self, directory: Path, *arguments: str, **keywords: Any) -> Result:
+        """`start`, and wait."""
+        return self.start(directory, *arguments, **keywords).wait()
+
+    def finish(self, directory: Path, *arguments: str, variant: Variant = PLAIN, mutation: str = "") -> None:
+        """The same command, undisturbed, comes to what an undisturbed run does, and leaves nothing else."""
+        result = self.train(directory, *arguments, variant=variant, mutation=mutation)
+        assert result.code == 0, result.err
+        assert outcome(directory) == self.expected[variant.name]
+        litter = [path.name for path in (run_of(directory) / "checkpoints").glob(".*")]
+        assert litter == []
+
+
+def newest(directory: Path) -> int:
+    """The step that a run in `directory` would go on from; whatever has a checkpoint's name is one."""
+    checkpoints = run_of(directory) / "checkpoints"
+    try:
+        for path in list_checkpoints(checkpoints):
+            verify(path)
+    except CheckpointError as error:
+        raise AssertionError(str(error)) from error
+    latest = find_latest(checkpoints)
+    return int(latest.name.removeprefix("step-")) if latest is not None else 0
 
 
 def run_of(directory: Path) -> Path:

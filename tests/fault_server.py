@@ -11,10 +11,12 @@ child's pid on one line and what it ended with on another: its exit code, or min
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -30,11 +32,14 @@ import torch
 from mutations import MUTATIONS
 
 from albor import cli, faults
+from albor.data.loader import Loader
+from albor.memory import devices
 from albor.train.step import Accumulated, Batch, Trainer, TrainState
 
 CONSUMED = "consumed.txt"  # in the command's directory: step, micro-batch, SHA-256 of its tokens and targets
 REACHED = "reached.txt"  # with TRACE set: the points that were reached, one a line, with their steps
 TRACE = "FAULT_TRACE"
+POISONED = "FAULT_POISONED"  # samples of the run, as `first-last`: a step that reads one has a loss of NaN
 FAIL_READS = "FAULT_READS"  # the name of a file: once it is there, os.pread fails as on a disk that is going
 
 
@@ -42,6 +47,7 @@ def serve(path: str) -> None:
     """Forks for whoever connects. Children are each waited for by a process between us and them."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     torch.set_num_threads(1)
+    devices._cpu_has_bf16 = lambda: True  # a run that rounds at random does so on any CPU, if slowly
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -81,6 +87,9 @@ def _run(request: dict[str, Any]) -> int:
         _record_consumed()
         if os.environ.get(TRACE):
             _record_reached()
+        if os.environ.get(POISONED):
+            first, last = map(int, os.environ[POISONED].split("-"))
+            _poison(range(first, last + 1))
         if os.environ.get(FAIL_READS):
             _fail_reads(Path(os.environ[FAIL_READS]))
         if request["mutation"]:
@@ -88,6 +97,9 @@ def _run(request: dict[str, Any]) -> int:
         cli.main()
     except SystemExit as end:
         code = end.code
+    except KeyboardInterrupt:  # before anybody takes signals; the interpreter ends like this
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -125,6 +137,23 @@ def _record_reached() -> None:
         return reach(point, step)
 
     faults.reach = recording
+
+
+def _poison(samples: range) -> None:
+    """By what is read, not when: a run that goes back and reads other data is healthy again."""
+    following, accumulate, read = Loader.next, Trainer.accumulate, set()
+
+    def noted(self: Loader, *arguments: Any) -> None:
+        read.add(self.state()["samples"])
+        following(self, *arguments)
+
+    def poisoned(self: Trainer, *arguments: Any) -> Accumulated:
+        read.clear()
+        sums = accumulate(self, *arguments)
+        return dataclasses.replace(sums, loss=math.nan) if read & {*samples} else sums
+
+    Loader.next = noted  # type: ignore[method-assign]
+    Trainer.accumulate = poisoned  # type: ignore[method-assign]
 
 
 def _fail_reads(marker: Path) -> None:

@@ -125,7 +125,7 @@ def _() -> None:
     checkpoint._write_contents = in_place
 
 
-@without("litter is removed", "1 kill save.synced")
+@without("litter is removed", "3 kill first save.verified")
 def _() -> None:
     checkpoint.clear_leftovers = nothing
 
@@ -143,7 +143,7 @@ def _() -> None:
     checkpoint.read_tensors_into = unread
 
 
-@without("an older checkpoint goes when a newer one is whole", "1 kill save.verified")
+@without("an older checkpoint goes when a newer one is whole", "3 kill second file")
 def _() -> None:
     """It goes first, to make room."""
     save = checkpoint.save

@@ -433,6 +433,8 @@ def read_best(checkpoints_dir: Path) -> Best | None:
     """What best.json says; None where there is none. Raises `DamagedCheckpoint` for one that makes no sense."""
     path = checkpoints_dir / BEST
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise ValueError("not a regular file")
         content = from_json(read_bounded(path))
         if not isinstance(content, dict) or content.keys() != {"step", "val/loss"}:
             raise ValueError("it does not name a step and its loss")

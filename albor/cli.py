@@ -406,6 +406,29 @@ def generate(
         show("\n")
 
 
+@app.command("inspect-spike")
+def inspect_spike(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)
+    ],
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="Show this step, with the texts of its batch.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the steps that a run skipped, clipped or went back from, and what was in their batches.
+
+    \b
+    albor inspect-spike runs/my-run
+    albor inspect-spike runs/my-run --step 1234
+    albor inspect-spike runs/my-run --step 1234 --json > spike.json
+    """
+    from albor.spikes import inspect_spikes
+
+    for line in inspect_spikes(run, step, as_json=as_json):
+        print(line)
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine is, what is wrong with it, and what would make it faster. Changes nothing.

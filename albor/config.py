@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from albor.alerts import Action, check_rule
 from albor.errors import Problem
 from albor.units import Bytes, Count, CountOrZero
 
@@ -214,12 +215,12 @@ class TrainConfig(Section):
     max_tokens: Count | None = Field(
         None, description="Tokens of the run, rounded up to whole steps. Give this or max_steps."
     )
-    micro_batch_size: Count = Field(4, description="Sequences per forward and backward pass.")
     max_hours: Positive | None = Field(
         None,
         description="Wall-clock hours from the start of the command within which the run saves and exits with "
         "75, to go on when it is started again; null: no limit.",
     )
+    micro_batch_size: Count = Field(4, description="Sequences per forward and backward pass.")
     gradient_accumulation_steps: Count = Field(
         1,
         description="Micro-batches per optimizer step; tokens per step are this x micro_batch_size x "
@@ -261,9 +262,39 @@ class TrainConfig(Section):
         description="Weight of logsumexp(logits)^2 in the training loss, which keeps the logits from "
         "drifting; 1e-4 is PaLM's.",
     )
-    max_skipped_steps: Count = Field(
+
+
+class DivergenceConfig(Section):
+    """What happens when loss or gradient are not finite, or jump. A step with a loss or a gradient norm that
+    is not finite is always skipped: weights, moments and bias correction stay as they are, data and schedule
+    go on.
+    """
+
+    max_skips: Count = Field(
         5,
-        description="Steps in a row that may be skipped for a non-finite loss or norm; then the run stops.",
+        description="Skipped steps among the last window_steps at which the run goes back to its newest good "
+        "checkpoint, and on from there with the data behind those that have been read.",
+    )
+    window_steps: Count = Field(20, description="Steps over which skipped ones are counted.")
+    max_rollbacks: CountOrZero = Field(
+        2, description="Times that a run goes back; then it stops, with exit code 3."
+    )
+    on_spike: Literal["none", "clip", "skip"] = Field(
+        "none",
+        description="What happens at a step whose loss or gradient norm is finite but far above those before "
+        "it: nothing; its gradient is scaled down to the mean norm of the window; or it is skipped.",
+    )
+    spike_zscore: Positive = Field(
+        6.0,
+        description="Far above: by more than this many standard deviations of the last spike_window steps.",
+    )
+    spike_window: Annotated[Count, Field(ge=8)] = Field(
+        128, description="Steps that a spike is compared with; there is none until half of them are done."
+    )
+    keep_spikes: CountOrZero = Field(
+        20,
+        description="Newest skipped steps and spikes of which the batch is kept in spikes/, for "
+        "`albor inspect-spike`.",
     )
 
 
@@ -341,9 +372,17 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    divergence: DivergenceConfig = DivergenceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    alerts: dict[Annotated[str, AfterValidator(check_rule)], Action] = Field(
+        {},
+        description="Rules on metrics, each with what happens when it holds for a logged row: `warn` says so "
+        "once, `stop` saves and ends the run with exit code 1. `train/loss > 10: stop`, "
+        "`gradients/* > 100: warn`, `val/loss is not finite: stop`; * stands for any characters, and a rule that "
+        "begins with it is to be quoted. The metrics are those in metrics.jsonl.",
+    )
 
     @property
     def tokens_per_step(self) -> int:
@@ -419,6 +458,14 @@ def check_algebra(config: RunConfig) -> list[Problem]:
             f"{data.sequence_length} is longer than model.max_position_embeddings, "
             f"{model.max_position_embeddings}",
             f"set model.max_position_embeddings to at least {data.sequence_length}",
+        )
+    divergence = config.divergence
+    if divergence.max_skips > divergence.window_steps:
+        refuse(
+            "divergence.max_skips divergence.window_steps",
+            f"{divergence.max_skips} steps cannot be skipped within {divergence.window_steps} "
+            "(divergence.window_steps)",
+            f"use at most {divergence.window_steps}",
         )
     if (train.max_steps is None) == (train.max_tokens is None):
         given = "both are given" if train.max_steps is not None else "neither is given"

@@ -174,6 +174,8 @@ def _path(error: ErrorDetails) -> KeyPath:
     path = error["loc"]
     if path[:2] == _SOURCES:
         path = path[:3] + path[4:]
+    if path[-1] == "[key]":  # of a mapping, which is itself what is wrong
+        path = path[:-1]
     return (*path, "kind") if error["type"].startswith("union_tag") else path
 
 
@@ -229,6 +231,7 @@ _EXPECTED = {
     "int_type": "a whole number is expected",
     "string_type": "text is expected",
     "tuple_type": "a list is expected",
+    "dict_type": "a group of keys is expected",
     "model_type": "a group of keys is expected",
     "model_attributes_type": "a group of keys, such as {kind: files, path: corpus}, is expected",
     # Only `name` has a pattern.

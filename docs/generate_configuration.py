@@ -118,10 +118,15 @@ def _table(fields: dict[str, Any], required: list[str], prefix: str) -> str:
     rows = [("key", "value", "default", "meaning"), ("---", "---", "---", "---")]
     for name, field in fields.items():
         default = "required" if name in required else _default(field["default"], field)
-        rows.append(
-            (f"`{prefix}{name}`", _value(field), default, re.sub(r"([*|<])", r"\\\1", field["description"]))
-        )
+        rows.append((f"`{prefix}{name}`", _value(field), default, _escape(field["description"])))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _escape(text: str) -> str:
+    """`text` for a cell of a table. Code keeps its stars."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*|<])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _default(value: Any, field: dict[str, Any]) -> str:

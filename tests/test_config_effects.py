@@ -63,6 +63,12 @@ def source_effects(kind: str) -> Iterator[Effect]:
 
 
 PARQUET = (source("parquet"),)
+# One step leaves weights with which no other one is finite.
+DIVERGES = ("optimizer.lr=1e15", "checkpoint.every_steps=1")
+JUMPS = ("optimizer.lr=0.3", "divergence.spike_window=8", "divergence.spike_zscore=0.1")
+SKIPPED = (*JUMPS, "divergence.on_spike=skip")
+# Allowed to change, for they say what becomes of steps that are still to come.
+JUDGING = ("divergence.on_spike", "divergence.spike_zscore", "divergence.spike_window")
 EFFECTS = [
     Effect("name", "name=other", "places"),
     Effect("runs_dir", "runs_dir=elsewhere", "places"),
@@ -125,7 +131,14 @@ EFFECTS = [
     Effect("train.head_chunk_tokens", "train.head_chunk_tokens=8", "plan"),
     Effect("train.label_smoothing", "train.label_smoothing=0.1", "loss weights"),
     Effect("train.z_loss", "train.z_loss=0.01", "loss weights"),
-    Effect("train.max_skipped_steps", "train.max_skipped_steps=2", "skipped", ("optimizer.lr=1e30",)),
+    Effect("divergence.max_skips", "divergence.max_skips=2", "skipped", DIVERGES),
+    Effect("divergence.window_steps", "divergence.window_steps=4", "code"),  # of which 5 cannot be skipped
+    Effect("divergence.max_rollbacks", "divergence.max_rollbacks=1", "skipped", DIVERGES),
+    Effect("divergence.on_spike", "divergence.on_spike=skip", "spikes weights", JUMPS),
+    Effect("divergence.on_spike", "divergence.on_spike=clip", "spikes", JUMPS),
+    Effect("divergence.spike_zscore", "divergence.spike_zscore=1e6", "spikes weights", SKIPPED),
+    Effect("divergence.spike_window", "divergence.spike_window=100", "spikes weights", SKIPPED),
+    Effect("divergence.keep_spikes", "divergence.keep_spikes=1", "batches", DIVERGES),
     Effect("evaluate.every_steps", "evaluate.every_steps=2", "evaluations samples"),
     Effect("evaluate.batches", "evaluate.batches=1", "validation"),
     Effect("evaluate.prompts", 'evaluate.prompts=["a"]', "samples"),
@@ -135,6 +148,7 @@ EFFECTS = [
     Effect("checkpoint.every_steps", "checkpoint.every_steps=2", "saved"),
     Effect("checkpoint.keep_last", "checkpoint.keep_last=1", "kept"),
     Effect("log.every_steps", "log.every_steps=2", "rows"),
+    Effect("alerts", "alerts={train/loss > 0: warn}", "alerts"),
 ]
 
 
@@ -240,6 +254,9 @@ def seen(code: int) -> dict[str, Any]:
         "saved": [event["step"] for event in events(run, "checkpoint")],
         "kept": checkpoints(run),
         "skipped": len(events(run, "skipped_step")),
+        "spikes": [event["step"] for event in events(run, "spike")],
+        "batches": sorted(path.name for path in (run / "spikes").glob("*")),
+        "alerts": [event["step"] for event in events(run, "alert")],
     }
     if newest := find_latest(run / "checkpoints"):
         files = tree(newest)
@@ -258,10 +275,10 @@ def test_a_key_changes_what_runs(effect: Effect, project: Path, observe: Observe
     changed = [*base, effect.change.replace("PROJECT", str(project.parent))]
     before, after = observe(*base), observe(*changed)
     different = {part for part in {*before, *after} if before.get(part) != after.get(part)}
-    assert before["code"] == (3 if effect.key == "train.max_skipped_steps" else 0)
+    assert before["code"] == (3 if effect.base == DIVERGES else 0)
     assert ("code" in different) == (effect.shows == "code")
     assert set(effect.shows.split()) <= different
-    if effect.key.endswith(".path"):
+    if effect.key.endswith(".path") or effect.key in JUDGING:
         return  # the path may change on resume, what lies there may not: test_run has both
     if before["code"] == after["code"] == 0 and may_change_on_resume(project, base, changed):
         learned = {"tokenizer", "data", "weights"} | ({"loss"} if effect.key != "log.every_steps" else set())

@@ -46,6 +46,8 @@ RUN = Path("runs/tiny")
 METRICS = {
     *("step", "tokens", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second"),
     *("train/mfu", "train/epoch", "memory/planned", "memory/process"),
+    *("gradients/embedding", "gradients/head"),
+    *(f"gradients/block_{i:02d}{part}" for i in range(2) for part in ("", "/attention", "/mlp")),
 }
 
 
@@ -490,7 +492,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_recorded(config: Path):
 
 
 def test_steps_that_stay_non_finite_end_the_run(config: Path, monkeypatch: pytest.MonkeyPatch):
-    """With 3, and the weights of the last good step; also where a stop comes between the skipped steps."""
+    """With 3, after going back twice to what the cadence saved; also where a stop comes between the skipped
+    steps.
+    """
     stop_in(5, config)
     good = tree(RUN / "checkpoints" / checkpoint_name(5))
     healthy = Trainer._micro_batch
@@ -506,9 +510,12 @@ def test_steps_that_stay_non_finite_end_the_run(config: Path, monkeypatch: pytes
         assert skipped[name] == good[name], "a skipped step changed it"
     result = call("train", config)
     assert result.code == 3
-    assert "5 steps in a row had a non-finite loss or gradient (step 10: loss nan" in result.err
+    assert "step 9: 5 of the last 20 steps had a loss or gradient norm that is not finite" in result.err
+    assert "start again under another name" in result.err
     assert "Traceback" not in result.err
-    assert [event["step"] for event in events(RUN, "skipped_step")] == [6, 7, 8, 9, 10]
+    skipped_steps = [6, 7, 8, 9, 10, *range(5, 10), *range(5, 10)]
+    assert [event["step"] for event in events(RUN, "skipped_step")] == skipped_steps
+    assert checkpoints(RUN) == [4]
     assert events(RUN)[-1]["event"] == "diverged"
 
 

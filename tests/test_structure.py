@@ -40,7 +40,9 @@ ROWS = (
         "train.snapshot",
     ),
     ("evaluate", "generate", "export"),
-    ("train.rehearsal", "train.run_directory", "train.session", "train.loop", "train.run", "canary"),
+    ("train.rehearsal", "train.run_directory", "train.session", "train.saver", "train.spikes",
+        "train.divergence", "train.loop", "train.run",
+        "train.verify_resume", "canary"),
     ("doctor",),
     ("bench",),
     ("cli", "__main__"),
@@ -57,7 +59,7 @@ STRANGERS = (
 )
 
 WITHOUT_TORCH = (
-    "errors", "units", "faults", "config", "configfile", "architecture", "memory.packing",
+    "errors", "units", "faults", "alerts", "spikes", "config", "configfile", "architecture", "memory.packing",
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.devices",
     "memory.suggest", "memory.estimate", "memory.report", "doctor.report", "cli",
 )  # fmt: skip
@@ -226,7 +228,8 @@ HIDING_IMPORTS = (
 def misuses(tree: ast.AST) -> Iterator[str]:
     """Reads of a global generator, and anything that could run code out of a file."""
     for name, line in imported(tree):
-        if any(is_in(name, unsafe) for unsafe in UNSAFE_MODULES) or name.startswith(HIDING_IMPORTS):
+        unsafe = name in UNSAFE_CALLS or any(is_in(name, module) for module in UNSAFE_MODULES)
+        if unsafe or name.startswith(HIDING_IMPORTS):
             yield f"line {line}: import {name}"
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func).replace("numpy.", "np.")
@@ -269,6 +272,8 @@ def test_nothing_draws_from_a_global_generator_or_unpickles():
         "from numpy.random import default_rng",
         "import pickle",
         "from pickle import loads",
+        "from torch import load",
+        "from yaml import load as read",
         "torch.load(path)",
         "torch.load(path, weights_only=True)",
         "np.load(path, allow_pickle=True)",

@@ -25,7 +25,7 @@ from helpers import (
 
 from albor.architecture import IGNORED_TARGET
 from albor.canary.reference import unpacked
-from albor.config import RunConfig, ScheduleConfig
+from albor.config import DivergenceConfig, RunConfig, ScheduleConfig
 from albor.ops import UpdateScalars
 from albor.train.guard import GuardState, judge
 from albor.train.schedule import learning_rate
@@ -274,6 +274,9 @@ def test_the_decay_takes_exactly_its_share_of_the_steps(fraction: float, decayin
 
 # The guard
 
+POLICY = DivergenceConfig()
+BRIEF = DivergenceConfig(spike_window=8)  # thousands of steps take less time
+
 
 def poke_loss(trainer: Trainer, value: float) -> None:
     trainer.arena["io.results"][:1].fill_(value)
@@ -306,11 +309,12 @@ def test_a_non_finite_value_never_reaches_a_weight(
             result, state = trainer.step(batches[skipped], state)
             assert not result.updated
             assert not (math.isfinite(result.loss) and math.isfinite(result.grad_norm))
-            assert state == TrainState(1 + skipped, updates=1, guard=GuardState(skipped_in_row=skipped))
+            assert (state.step, state.updates, state.guard.skipped) == (1 + skipped, 1, skipped)
+            assert state.guard.skips == tuple(range(2, 2 + skipped))
             assert same_bits(state_tensors(trainer), before)
     result, state = trainer.step(batches[3], state)
     assert result.updated
-    assert state == TrainState(4, updates=2, guard=GuardState(good_steps=1))
+    assert (state.step, state.updates, state.guard.good_steps) == (4, 2, 1)
 
     untroubled = make_trainer(config, dtype)
     _, state = untroubled.step(batches[0], TrainState())
@@ -331,42 +335,47 @@ def test_fp16_halves_its_scale_until_it_is_1_before_a_step_counts_as_skipped():
     state = GuardState.initial("float16")
     assert state.loss_scale == 2.0**16
     for halvings in range(1, 17):
-        update, state = judge(state, 2.5, math.inf, "float16")
-        assert not update
-        assert state == GuardState(skipped_in_row=0, loss_scale=2.0 ** (16 - halvings))
-    for skipped in (1, 2):
-        update, state = judge(state, 2.5, math.inf, "float16")
-        assert not update
-        assert state == GuardState(skipped_in_row=skipped, loss_scale=1.0)
-    assert judge(state, 2.5, 1.0, "float16") == (True, GuardState(0, 1.0, good_steps=1))
+        verdict, state = judge(state, halvings, 2.5, math.inf, POLICY, "float16")
+        assert not verdict.updates
+        assert state == GuardState(loss_scale=2.0 ** (16 - halvings))
+    for step in (17, 18):
+        verdict, state = judge(state, step, 2.5, math.inf, POLICY, "float16")
+        assert not verdict.updates
+        skips = tuple(range(17, step + 1))
+        assert state == GuardState(loss_scale=1.0, skips=skips, skipped=len(skips))
+    verdict, state = judge(state, 19, 2.5, 1.0, POLICY, "float16")
+    assert (verdict.updates, state.loss_scale, state.good_steps) == (True, 1.0, 1)
 
 
 def test_fp16_does_not_blame_the_scale_for_a_loss_that_is_not_finite():
     """The scale enters after the loss."""
     state = GuardState.initial("float16")
-    assert judge(state, math.nan, 1.0, "float16") == (False, replace(state, skipped_in_row=1))
+    verdict, after = judge(state, 1, math.nan, 1.0, POLICY, "float16")
+    assert (verdict.updates, after) == (False, replace(state, skips=(1,), skipped=1))
 
 
 def test_fp16_doubles_its_scale_after_2000_good_steps_up_to_a_limit():
     state = GuardState.initial("float16")
-    for _ in range(1999):
-        _, state = judge(state, 2.5, 1.0, "float16")
-    assert state == GuardState(0, 2.0**16, 1999)
-    assert judge(state, 2.5, math.nan, "float16")[1] == GuardState(0, 2.0**15, 0)
-    assert judge(state, 2.5, 1.0, "float16") == (True, GuardState(0, 2.0**17, 0))
-    for _ in range(20 * 2000):
-        _, state = judge(state, 2.5, 1.0, "float16")
+    for step in range(1, 2000):
+        _, state = judge(state, step, 2.5, 1.0, BRIEF, "float16")
+    assert (state.loss_scale, state.good_steps) == (2.0**16, 1999)
+    for norm, scale in ((math.nan, 2.0**15), (1.0, 2.0**17)):
+        _, after = judge(state, 2000, 2.5, norm, BRIEF, "float16")
+        assert (after.loss_scale, after.good_steps) == (scale, 0)
+    for step in range(2000, 22_000):
+        _, state = judge(state, step, 2.5, 1.0, BRIEF, "float16")
     assert state.loss_scale == 2.0**24
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_only_fp16_has_a_loss_scale(dtype: str):
     state = GuardState.initial(dtype)
-    for _ in range(2500):
-        update, state = judge(state, 2.5, 1.0, dtype)
-        assert update
+    for step in range(1, 2501):
+        verdict, state = judge(state, step, 2.5, 1.0, BRIEF, dtype)
+        assert verdict.updates
     assert state.loss_scale == 1.0
-    assert judge(state, 2.5, math.nan, dtype) == (False, GuardState(skipped_in_row=1))
+    verdict, state = judge(state, 2501, 2.5, math.nan, BRIEF, dtype)
+    assert (verdict.updates, state.loss_scale, state.skips) == (False, 1.0, (2501,))
 
 
 @pytest.mark.parametrize("loss_scale", [2.0**-3, 2.0**6, 2.0**10])

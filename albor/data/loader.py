@@ -7,10 +7,10 @@ read. Nothing is shuffled in memory and nothing is skipped through at a restart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from math import lcm
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,6 +55,13 @@ def _mix(x: int) -> int:
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _MASK
     return x ^ x >> 31
+
+
+class Sample(NamedTuple):
+    """One sequence: its source, and the place of its first token in the source's stream."""
+
+    source: int
+    start: int
 
 
 class Loader:
@@ -106,16 +113,29 @@ class Loader:
         """How often each source has been read so far."""
         return [drawn / windows for drawn, windows in zip(self._drawn, self._windows, strict=True)]
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to a position that `state()` gave."""
         drawn = state["per_source"]
-        if len(drawn) != len(self._drawn) or min(drawn) < 0 or state["samples"] != sum(drawn):
+        counts = isinstance(drawn, list) and all(type(n) is int and n >= 0 for n in drawn)
+        if not counts or len(drawn) != len(self._drawn) or state["samples"] != sum(drawn):
             raise DataError(
                 f"the loader's saved position {state} does not belong to {len(self._drawn)} sources"
             )
         self._drawn = list(drawn)
 
+    def samples_after(self, state: Mapping[str, Any], count: int) -> list[Sample]:
+        """The `count` samples behind the position `state`. The loader stays where it is."""
+        here = self.state()
+        self.restore(state)
+        samples = [self._next_sample() for _ in range(count)]
+        self.restore(here)
+        return samples
+
     def _next_window(self) -> np.ndarray:
+        sample, length = self._next_sample(), self._shape[1]
+        return self._streams[sample.source].read(sample.start, length + 1)
+
+    def _next_sample(self) -> Sample:
         total, all_shares = sum(self._drawn) + 1, sum(self._shares)
         lags = [
             share * total - drawn * all_shares for share, drawn in zip(self._shares, self._drawn, strict=True)
@@ -127,8 +147,7 @@ class Loader:
             order = Permutation(self._windows[source], self._seed, source, epoch)
             self._orders[source] = cached = (epoch, order)
         self._drawn[source] += 1
-        length = self._shape[1]
-        return self._streams[source].read(cached[1](position) * length, length + 1)
+        return Sample(source, cached[1](position) * self._shape[1])
 
 
 def validation_batches(

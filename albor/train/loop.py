@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from albor import faults
+from albor.alerts import Alarm, Watch
 from albor.data.loader import validation_batches
-from albor.errors import Diverged, Interrupted
+from albor.errors import Alert, Diverged, Interrupted
 from albor.evaluate.validation import Validation, validate
 from albor.generate.generate import generate
 from albor.generate.sampler import NotFinite
@@ -22,7 +24,8 @@ from albor.memory.shortage import give_back, is_out_of_memory
 from albor.model.decode import Decoder
 from albor.seeds import derive_seed
 from albor.train.display import Display
-from albor.train.metrics import MetricsLog
+from albor.train.divergence import NOT_FINITE, Divergence
+from albor.train.metrics import MetricsLog, known_metrics
 from albor.train.saver import Saver
 from albor.train.session import Session
 from albor.train.signals import Stopped, StopRequest
@@ -65,48 +68,62 @@ class Loop:
         self.session, self.log, self.display, self.stop = session, log, display, stop
         self.peak_flops = peak_flops
         self.clock = Clock()
-        self.last_saved = session.saved_step
-        self._owes_save = False
+        self.saver = Saver(session, log, display, stop)
+        self.divergence = Divergence(session, log, display.message)
+        self._watch = Watch(session.config.alerts)
 
     def run(self) -> None:
         """Steps until the configured end.
 
-        Raises Stopped when a signal asked for the end, and Diverged when steps stay non-finite.
+        Raises Stopped when a signal or the time limit asked for the end, and Diverged when steps stay non-finite.
         """
         session, config = self.session, self.session.config
         self.log.truncate_after(session.state.step)
+        self._look_back()
         self._catch_up()
         while session.state.step < config.steps:
             self.stop.check()
             self._step()
-        if self.last_saved != session.state.step:  # a finished run, which goes on under another name
-            self._save()
+        if self.saver.saved_step != session.state.step:  # a finished run, which goes on under another name
+            self._save(planned=True)
 
     def _step(self) -> None:
         session = self.session
-        position, started = session.loader.state(), time.perf_counter()
+        position, before, started = session.loader.state(), session.state.guard, time.perf_counter()
         try:
-            result, session.state = session.trainer.step(session.batches(self.stop.check), session.state)
+            with self.stop.limit.step():
+                result, session.state = session.trainer.step(session.batches(self.stop.check), session.state)
         except Stopped:  # between two micro-batches: as if the step had not begun
             session.loader.restore(position)
             raise
         self.clock.seconds += time.perf_counter() - started
         self.clock.tokens += session.config.tokens_per_step
+        self.divergence.follow(result, before, position)
         self._after_step(result)
 
     def _after_step(self, result: StepResult) -> None:
         config, step = self.session.config, self.session.state.step
-        last = step == config.steps
-        if step % config.log.every_steps == 0 or last or step == 1 or not result.updated:
-            self._log_row(result)
-        if not result.updated:
-            self._skipped(result)
-        self._owes_save |= step % config.checkpoint.every_steps == 0
+        self.saver.poll()
+        last, alarm = step == config.steps, None
+        if step % config.log.every_steps == 0 or last or step == 1 or result.verdict.kind != "good":
+            alarm = self._log_row(result)
+        reason = self.divergence.reason_to_roll_back()
         # While steps are skipped the weights may be past saving, and would push good checkpoints out.
-        if last or (self._owes_save and result.updated):
-            self._save()
+        due = reason is None and (last or (self._owes_save() and result.updated))
+        if due and not self._save(planned=True):
+            reason = f"{NOT_FINITE}, and were not saved"
+        if alarm is not None:
+            self._stop_by(alarm)
+        if reason is not None:
+            self._roll_back(reason)
+            return
         if step % config.evaluate.every_steps == 0 or last:
             self._evaluate()
+
+    def _owes_save(self) -> bool:
+        """Whether a step at which the cadence saves has come since it last did."""
+        guard, every = self.session.state.guard, self.session.config.checkpoint.every_steps
+        return self.session.state.step // every > (guard.anchor or 0) // every
 
     def _catch_up(self) -> None:
         """The checkpoint's step was evaluated after it was saved: the log has the result, or we evaluate
@@ -121,26 +138,39 @@ class Loop:
         elif rows[-1]["val/loss"] is not None:
             self._note_best(rows[-1]["val/loss"])
 
-    def _skipped(self, result: StepResult) -> None:
-        """Records a step that changed nothing, and stops the run when they do not end."""
-        state, largest = self.session.state, self.session.config.train.max_skipped_steps
-        what = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
-        self.log.event("skipped_step", state.step, loss=str(result.loss), grad_norm=str(result.grad_norm))
-        self.display.message(f"step {state.step} skipped, weights unchanged: {what}")
-        if state.guard.skipped_in_row >= largest:
-            self.log.event("diverged", state.step)
-            kept = (
-                f"the last checkpoint is step {self.last_saved}"
-                if self.last_saved is not None
-                else "there is no checkpoint yet"
-            )
-            raise Diverged(
-                f"{state.guard.skipped_in_row} steps in a row had a non-finite loss or gradient "
-                f"(step {state.step}: {what}); {kept}; start again under another name with a lower "
-                "optimizer.lr or a longer schedule.warmup_steps"
-            )
+    def _roll_back(self, reason: str) -> None:
+        self.saver.finish()
+        self.divergence.roll_back(reason)
+        self.saver.saved_step = self.session.state.step
+        self._catch_up()
 
-    def _log_row(self, result: StepResult) -> None:
+    def _look_back(self) -> None:
+        """What a stop left to be done: an alert that still holds, a rollback that is due."""
+        if self.session.config.alerts:
+            for row in self.log.rows():
+                self._watch.judge(known_metrics(row))
+            for alarm in self._watch.holding("stop"):
+                self._stop_by(alarm)
+        if reason := self.divergence.reason_to_roll_back():
+            self._roll_back(reason)
+
+    def _judge(self, metrics: Mapping[str, float | None]) -> Alarm | None:
+        """Holds a row that was logged against the alerts, and returns the one that is to end the run."""
+        alarms = self._watch.judge(metrics)
+        for alarm in alarms:
+            self.log.event("alert", self.session.state.step, **alarm.as_json())
+            self.display.message(f"step {self.session.state.step}: {alarm}")
+        return next((alarm for alarm in alarms if alarm.action == "stop"), None)
+
+    def _stop_by(self, alarm: Alarm) -> NoReturn:
+        saved = self._save_to_stop()
+        raise Alert(
+            f"{alarm} after step {self.session.state.step}; {saved}, and the same command goes on from it "
+            "once that rule is changed or removed (alerts)"
+        )
+
+    def _log_row(self, result: StepResult) -> Alarm | None:
+        """Returns the alarm that the row sets off, if it is to end the run."""
         session = self.session
         rate = self.clock.take()
         flops = session.trainer.architecture.flops_per_token(session.config.data.sequence_length)
@@ -154,25 +184,25 @@ class Loop:
             "memory/planned": float(session.trainer.arena.plan.size("device")),
             "memory/process": _resident_bytes(),
         }
+        row |= {f"gradients/{group}": norm for group, norm in result.gradient_norms.items()}
         self.log.row(session.state.step, session.tokens, row)
         self.display.row(session.state.step, row)
+        return self._judge(row)
 
-    def _save(self) -> None:
-        session, step = self.session, self.session.state.step
+    def _save(self, *, planned: bool) -> bool:
+        """Saves the state, unless it is not finite: then False. A rollback goes back to a `planned` one."""
+        session = self.session
         if not session.is_finite():
-            self.log.event("diverged", step)
-            raise Diverged(
-                f"after step {step} weights or moments of the optimizer are not finite, and were not saved; "
-                "start again under another name with a lower optimizer.lr"
-            )
-        path = session.save(prune=session.state.guard.skipped_in_row == 0)
-        self.last_saved, self._owes_save = step, False
-        self.log.event("checkpoint", self.last_saved, path=str(path))
-        self.display.checkpoint(path)
+            return False
+        if planned:
+            guard = replace(session.state.guard, anchor=session.state.step)
+            session.state = replace(session.state, guard=guard)
+        self.saver.save(prune=not session.state.guard.skips)
+        return True
 
     def _evaluate(self) -> None:
         session = self.session
-        config, step = session.config, session.state.step
+        config, step, alarm = session.config, session.state.step, None
         with self._left_out_if_short_of_memory("evaluation"):
             validation = evaluate_session(session, config.evaluate.batches, self.stop)
             if math.isfinite(validation.loss):
@@ -180,6 +210,9 @@ class Loop:
             metrics = validation.metrics()
             self.log.row(step, session.tokens, metrics)
             self.display.validation(step, metrics)
+            alarm = self._judge(metrics)
+        if alarm is not None:
+            self._stop_by(alarm)
         with self._left_out_if_short_of_memory("sampling"):
             for sample in draw_samples(session, self.stop):
                 self.log.event("sample", step, prompt=sample.prompt, text=sample.text)
@@ -203,17 +236,33 @@ class Loop:
     def _note_best(self, loss: float) -> None:
         best = self.session.best_validation_loss
         self.session.best_validation_loss = loss if best is None else min(best, loss)
+        self.saver.evaluated(self.session.state.step, loss)
 
     def save_and_stop(self) -> Interrupted:
         """After Stopped: saves what is not saved yet, and returns what to raise."""
         session = self.session
-        if self.last_saved != session.state.step:
-            self._save()
-        self.log.event("stopped", session.state.step, signal=self.stop.name)
+        saved = self._save_to_stop()
+        self.log.event("stopped", session.state.step, reason=self.stop.reason)
         return Interrupted(
-            f"stopped by {self.stop.name} after step {session.state.step} of {session.config.steps}; the "
-            "checkpoint is saved, and the same command goes on from it"
+            f"stopped by {self.stop.reason} after step {session.state.step} of {session.config.steps}; "
+            f"{saved}, and the same command goes on from it"
         )
+
+    def _save_to_stop(self) -> str:
+        """Saves what is not saved yet, and says what there is. Weights that are not finite are not saved: the
+        run goes on from before. Raises Diverged where there is nothing before.
+        """
+        session = self.session
+        self.saver.finish()
+        if self.saver.saved_step == session.state.step or self._save(planned=False):
+            return "the checkpoint is saved"
+        self.log.event("not_saved", session.state.step, reason=NOT_FINITE)
+        if self.saver.saved_step is None:
+            raise Diverged(
+                f"after step {session.state.step} {NOT_FINITE}, and there is no earlier checkpoint; start "
+                "again under another name with a lower optimizer.lr"
+            )
+        return f"{NOT_FINITE} and not saved, the checkpoint is that of step {self.saver.saved_step}"
 
 
 def evaluate_session(session: Session, batches: int, stop: StopRequest) -> Validation:
@@ -235,7 +284,9 @@ def _until(stop: StopRequest, batches: Iterable[Batch], step: int) -> Iterator[B
 
 
 def draw_samples(session: Session, stop: StopRequest) -> list[Sample]:
-    """How the model goes on from each of `evaluate.prompts` at this step. Raises Stopped between two."""
+    """How the model goes on from each of `evaluate.prompts` at this step. Raises Stopped between two
+    tokens.
+    """
     config, step = session.config, session.state.step
     samples = []
     for index, prompt in enumerate(config.evaluate.prompts):
@@ -249,6 +300,7 @@ def draw_samples(session: Session, stop: StopRequest) -> list[Sample]:
                 max_tokens=config.evaluate.sample_tokens,
                 temperature=config.evaluate.temperature,
                 seed=derive_seed(config.seed, "sample", step, index),
+                on_token=stop.check,
             )
         except NotFinite:  # for the guard to judge, at the next step; a sample ends no run
             samples.append(Sample(prompt, None))

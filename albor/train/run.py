@@ -18,17 +18,24 @@ from albor.checkpoint import CHECKPOINTS, checkpoint_name, list_checkpoints
 from albor.config import RunConfig
 from albor.data.loader import validation_batches
 from albor.data.prepare import PreparedData, check_horizon, prepare
-from albor.errors import AlborError, ConfigError, Diverged, Interrupted, Problem
+from albor.errors import AlborError, Alert, ConfigError, Diverged, Interrupted, Problem
 from albor.evaluate.validation import Validation
 from albor.memory.plan import MemoryPlan
 from albor.memory.shortage import is_out_of_memory
 from albor.progress import show_progress
 from albor.train.display import Display, make_display
 from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
-from albor.train.metrics import MetricsLog, read_rows
+from albor.train.metrics import MetricsLog
 from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
 from albor.train.run_directory import claim, replace_file, run_directory, write_description
-from albor.train.session import Session, find_checkpoint, open_session
+from albor.train.saver import preflight
+from albor.train.session import (
+    Session,
+    changes_since,
+    checkpoint_bytes,
+    find_checkpoints,
+    open_session,
+)
 from albor.train.signals import Stopped, StopRequest
 
 
@@ -70,15 +77,16 @@ def run_training(
     device: Literal["cpu", "cuda"],
     resume: str,
     console: Console,
+    stop: StopRequest,
     *,
     as_json: bool = False,
     peak_flops: float | None = None,
 ) -> Outcome:
     """Trains `config` to its end, from its newest checkpoint if there is one.
 
-    `given` is the configuration's text as the user wrote it; `plan` has been checked against the machine.
-    Raises an AlborError for everything that a user can mend; whatever ends the run is recorded in
-    events.jsonl.
+    `given` is the configuration's text as the user wrote it; `plan` has been checked against the machine;
+    `stop` has been entered. Raises an AlborError for everything that a user can mend; whatever ends the run is
+    recorded in events.jsonl.
     """
     say = Display(console).message
     directory = run_directory(config)
@@ -87,8 +95,9 @@ def run_training(
     if device == "cuda" and not torch.cuda.is_available():
         remedy = "install a driver that PyTorch finds, or set device to cpu"
         raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
-    with claim(directory):
-        source = find_checkpoint(config, resume, say)
+    stop.limit.set(config, checkpoint_bytes(plan))
+    with claim(directory, say):
+        sources = find_checkpoints(config, resume, say)
         if device == "cuda":  # before minutes go into data: without a C compiler this fails
             from albor.train.rehearsal import compile_kernels  # imports Triton
 
@@ -101,21 +110,32 @@ def run_training(
                 say(line)
         if problems := [*check_horizon(config, data), *_check_prompts(config, data)]:
             raise ConfigError(problems)
-        session = open_session(config, data, plan, device, source)
+        session = open_session(config, data, plan, device, sources, say)
+        source = session.resumed_from
+        changes = changes_since(config, source) if source else []
+        preflight(session, say)
         write_description(directory, config, given, plan)
         step = session.state.step
         display = make_display(console, config.steps, first_step=step, title=config.name, json=as_json)
         log = MetricsLog(directory, on_failure=display.message)
-        log.event("resumed" if source else "started", step, source=str(source) if source else None)
         if faults.ACTIVE:
             log.event("faults", step, faults=faults.ACTIVE)
+        log.event("resumed" if source else "started", step, source=str(source) if source else None)
+        for change in changes:
+            log.event("config_changed", step, key=change.key, before=change.before, after=change.after)
+        if changes:
+            say(f"the run goes on with another configuration: {', '.join(map(str, changes))}")
         say(f"{directory}: {_describe_start(step, config.steps, source)}")
+        for row in log.events():  # earlier processes have timed saves on this disk
+            if row.get("event") == "checkpoint" and isinstance(row.get("seconds"), float):
+                stop.limit.expect_save(row["seconds"])
         try:
-            with display, StopRequest() as stop:
+            with display:
+                stop.defer()
                 outcome = _train_and_report(session, log, display, stop, peak_flops)
             (directory / "eval").mkdir(exist_ok=True)
             replace_file(directory / "eval" / "final.json", json.dumps(outcome.as_json(), indent=1) + "\n")
-        except (Interrupted, Diverged):
+        except (Interrupted, Diverged, Alert):
             raise  # recorded where they arose
         except BaseException as error:
             log.event("failed", session.state.step, error=f"{type(error).__name__}: {error}")
@@ -145,6 +165,8 @@ def _train_and_report(
         return _report(session, log, stop)
     except Stopped:
         raise loop.save_and_stop() from None
+    finally:
+        loop.saver.close()
 
 
 def _check_prompts(config: RunConfig, data: PreparedData) -> list[Problem]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,15 +17,18 @@ from albor.config import RunConfig
 from albor.configfile import dump_config, load_config
 from albor.data.loader import Loader
 from albor.data.prepare import PreparedData
-from albor.errors import CheckpointError, ConfigError, DataError, Problem
+from albor.errors import ConfigError, DamagedCheckpoint, DataError, Problem
 from albor.manifest import STATE
 from albor.memory.arena import Arena
-from albor.memory.plan import MemoryPlan
-from albor.model.parameters import clear, initialise, master_weights, named_tensors
-from albor.train.guard import GuardState
+from albor.memory.plan import STATE_BUFFERS, MemoryPlan
+from albor.model.parameters import clear, initialise, named_tensors
+from albor.train.guard import GuardState, rolled_back
 from albor.train.metrics import EVENTS, read_rows
-from albor.train.run_directory import check_resumable, run_directory
+from albor.train.resume_policy import Change, changes_on_resume
+from albor.train.run_directory import run_directory
 from albor.train.step import Batch, Trainer, TrainState
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -75,83 +77,132 @@ class Session:
 
     def is_finite(self) -> bool:
         """Whether weights and moments hold neither NaN nor infinity."""
-        arena = self.trainer.arena
-        flats = (master_weights(arena), arena["moments.first"], arena["moments.second"])
-        return all(math.isfinite(ops.norm(flat)) for flat in flats)
+        return is_finite(self.trainer.arena)
 
-    def save(self, *, prune: bool = True) -> Path:
-        """Writes the current step's checkpoint; with `prune`, older ones beyond keep_last are removed."""
-        return checkpoint.save(
-            self.directory / checkpoint.CHECKPOINTS,
-            self.state.step,
-            checkpoint_tensors(self.trainer),
-            {
-                **asdict(self.state),
-                "tokens": self.tokens,
-                "compute_dtype": self.trainer.arena.plan.compute_dtype,
-                "loader": self.loader.state(),
-                "data_sha256": self.data.sha256,
-                "best_validation_loss": self.best_validation_loss,
-            },
-            {
-                "config.yaml": dump_config(self.config).encode(),
-                "tokenizer.model": self.data.tokenizer.model,
-            },
-            self.config.checkpoint.keep_last if prune else sys.maxsize,
-        )
+    def roll_back(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """Goes back to the newest good checkpoint that this run's cadence saved, but not in the data: what
+        was read since is left behind. Checkpoints beyond it are removed.
+
+        Returns the checkpoint and the loader's position there; None where the run has none yet. Raises
+        CheckpointError where none is good; the state in memory is then of no use.
+        """
+        left = self.state.guard
+        existing = checkpoint.list_checkpoints(self.directory / checkpoint.CHECKPOINTS)
+        sources = [p for p in existing if left.anchor is not None and checkpoint.step_of(p) <= left.anchor]
+        if not sources:
+            return None
+        if checkpoint.step_of(sources[-1]) != left.anchor:
+            warn(f"the checkpoint of step {left.anchor} is gone")
+
+        def fill(source: Path) -> tuple[Path, dict[str, Any], TrainState, float | None]:
+            return source, *_read(fill_from(self.trainer, source), source)
+
+        source, position, state, best = _first_intact(sources[::-1], fill, warn)
+        self.state = replace(state, guard=rolled_back(left, state.guard))
+        self.best_validation_loss = best
+        checkpoint.remove_after(source.parent, state.step)
+        return source, position
+
+    def saved_state(self) -> dict[str, Any]:
+        """What a checkpoint's state.json holds: with the tensors, all that the next step depends on."""
+        return {
+            **self.state.as_json(),
+            "tokens": self.tokens,
+            "compute_dtype": self.trainer.arena.plan.compute_dtype,
+            "loader": self.loader.state(),
+            "data_sha256": self.data.sha256,
+            "best_validation_loss": self.best_validation_loss,
+        }
+
+    def saved_files(self) -> dict[str, bytes]:
+        """The files that make a checkpoint self-describing."""
+        return {
+            "config.yaml": dump_config(self.config).encode(),
+            "tokenizer.model": self.data.tokenizer.model,
+        }
 
 
-def checkpoint_tensors(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
-    """What a checkpoint holds, by file: the weights as they compute, and the optimizer's state."""
+def checkpoint_tensors(
+    trainer: Trainer, flats: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint holds, by file: the weights as they compute, and the optimizer's state.
+
+    `flats` are the flat buffers of STATE_BUFFERS that it is taken from; by default the run's own.
+    """
     arena, model = trainer.arena, trainer.architecture
-    optimizer: dict[str, torch.Tensor] = {}
-    for flat in ("master", "moments.first", "moments.second"):
-        if flat in arena:
-            optimizer |= {
-                f"{flat}/{name}": tensor for name, tensor in named_tensors(arena[flat], model).items()
-            }
-    return {"weights": named_tensors(arena["weights"], model), "optimizer": optimizer}
+    flats = flats or {name: arena[name] for name in STATE_BUFFERS if name in arena}
+    optimizer = {
+        f"{flat}/{name}": tensor
+        for flat in flats
+        if flat != "weights"
+        for name, tensor in named_tensors(flats[flat], model).items()
+    }
+    return {"weights": named_tensors(flats["weights"], model), "optimizer": optimizer}
 
 
-def find_checkpoint(config: RunConfig, resume: str, warn: Callable[[str], None]) -> Path | None:
-    """The verified checkpoint that `config` goes on from: `auto`, `never`, or the path of one (or of a run).
+def checkpoint_bytes(plan: MemoryPlan) -> int:
+    """The size of a checkpoint's tensors, in bytes."""
+    return sum(buffer.nbytes for buffer in plan.buffers if buffer.name in STATE_BUFFERS)
 
-    Raises before anything would be overwritten: `never` in a run that has checkpoints, and an older
-    checkpoint of the run itself while newer ones exist.
+
+def changes_since(config: RunConfig, source: Path) -> list[Change]:
+    """The keys whose values `config` changes of those that the checkpoint `source` was trained with.
+
+    Raises ConfigError for what may not change.
+    """
+    step = _read(checkpoint.read_state(source), source)[1].step
+    return changes_on_resume(config, load_config(source / "config.yaml"), step, source)
+
+
+def find_checkpoints(config: RunConfig, resume: str, warn: Callable[[str], None]) -> list[Path]:
+    """The checkpoints that `config` may go on from, the one to be taken first; none for a new run.
+
+    `resume` is `auto`, `never`, or the path of a checkpoint or of a run. The first is verified, but for the
+    content of its tensors, which loading does; the others are for when that finds it damaged. Raises before
+    anything would be overwritten: `never` in a run that has checkpoints, and an older checkpoint of the run
+    itself while newer ones exist.
     """
     own = run_directory(config) / checkpoint.CHECKPOINTS
-    source = _named_checkpoint(config, own, resume, warn)
-    if source is not None:  # now, before minutes are spent on the data of what may be another run
-        check_resumable(config, load_config(source / "config.yaml"), source)
-    return source
+    sources = _named_checkpoints(own, resume)
+    if not sources:
+        return []
+
+    def check(path: Path) -> Path:
+        checkpoint.verify(path, tensors=False)
+        # Now, before minutes are spent on the data of what may be another run.
+        changes_since(config, path)
+        return path
+
+    first = _first_intact(sources, check, warn)
+    return sources[sources.index(first) :]
 
 
-def _named_checkpoint(config: RunConfig, own: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
-    existing = checkpoint.list_checkpoints(own)
-
+def _first_intact(sources: Sequence[Path], use: Callable[[Path], T], warn: Callable[[str], None]) -> T:
     def skipped(path: Path, reason: str) -> None:
         warn(f"passed over a damaged checkpoint: {reason}")
 
+    return checkpoint.first_intact(sources, use, skipped)
+
+
+def _named_checkpoints(own: Path, resume: str) -> list[Path]:
+    existing = checkpoint.list_checkpoints(own)[::-1]
     if resume == "never":
         if existing:
             remedy = f"choose another name, or remove {own.parent}"
             problem = f"{own.parent} already holds checkpoints of a run"
             raise ConfigError([Problem("name", problem, remedy, "--resume never")])
-        return None
+        return []
     if resume == "auto":
-        latest = checkpoint.find_latest(own, skipped)
-        if latest is None and existing:
-            raise CheckpointError(f"{own}: none of the checkpoints verifies; remove them to start again")
-        return latest
-    source = checkpoint.resolve(Path(resume), skipped)
-    newest = existing[-1] if existing else None
-    if newest is not None and newest.resolve() != source.resolve():
-        if _began_from(own.parent, source):  # the same command, once more
-            return checkpoint.find_latest(own, skipped)
+        return existing
+    sources = checkpoint.candidates(Path(resume))
+    if existing and existing[0].resolve() != sources[0].resolve():
+        if _began_from(own.parent, sources[0]):  # the same command, once more
+            return existing
         remedy = "give the new run another name (name=...), or go on from there (--resume auto)"
-        problem = f"{own.parent} holds {newest.name} already, which resuming from {source} would leave behind"
+        newest = existing[0].name
+        problem = f"{own.parent} holds {newest} already, which resuming from {sources[0]} would leave behind"
         raise ConfigError([Problem("name", problem, remedy, f"--resume {resume}")])
-    return source
+    return sources
 
 
 def _began_from(directory: Path, source: Path) -> bool:
@@ -168,11 +219,12 @@ def open_session(
     data: PreparedData,
     plan: MemoryPlan,
     device: Literal["cpu", "cuda"],
-    source: Path | None,
+    sources: Sequence[Path] = (),
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Session:
-    """Allocates the plan, and fills it from the checkpoint `source`, or with initial weights."""
-    if source is not None:
-        _check_dtype(source, plan)
+    """Allocates the plan, and fills it from the first of the checkpoints `sources` that is intact; without
+    any, with initial weights.
+    """
     arena = Arena(plan, device)
     trainer = Trainer(config, arena, data.tokenizer.end_of_document_id)
     weights = [s.weight for s in config.data.sources]
@@ -183,39 +235,67 @@ def open_session(
         config.train.micro_batch_size,
         config.seed,
     )
-    if source is None:
+    if not sources:
         initialise(arena, trainer.architecture, config.seed)
         state = TrainState(guard=GuardState.initial(plan.compute_dtype))
         return Session(config, data, Loader(*loader_arguments), trainer, state, None)
-    clear(arena)
+
+    def fill(source: Path) -> Session:
+        clear(arena)
+        saved = fill_from(trainer, source)
+        if saved.get("data_sha256") != data.sha256:
+            raise DataError(
+                f"{source} was trained on other data or with another tokenizer than data.sources now give; "
+                "restore the sources (or tokenizer.path), or give the new run another name"
+            )
+        position, state, best = _read(saved, source)
+        loader = Loader(*loader_arguments, state=position)
+        return Session(config, data, loader, trainer, state, source, best)
+
+    _check_dtype(sources[0], plan)
+    return _first_intact(sources, fill, warn)
+
+
+def fill_from(trainer: Trainer, source: Path) -> dict[str, Any]:
+    """Fills weights and moments from the checkpoint `source`, and returns its state.
+
+    Raises DamagedCheckpoint for one that is not what was saved, and for one that is not finite, whoever saved
+    it: no run goes on from it.
+    """
     faults.reach("load.begin")
     saved = checkpoint.load(source, checkpoint_tensors(trainer))
     faults.reach("load.filled")
-    if saved["data_sha256"] != data.sha256:
-        raise DataError(
-            f"{source} was trained on other data or with another tokenizer than data.sources now give; "
-            "restore the sources (or tokenizer.path), or give the new run another name"
-        )
-    return Session(
-        config,
-        data,
-        Loader(*loader_arguments, state=saved["loader"]),
-        trainer,
-        _restore_state(saved),
-        source,
-        saved["best_validation_loss"],
-    )
+    if not is_finite(trainer.arena):
+        raise DamagedCheckpoint(f"{source}: weights or moments of the optimizer are not finite")
+    return saved
+
+
+def _read(saved: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], TrainState, float | None]:
+    """The loader's position, the state and the best validation loss that the checkpoint `source` holds.
+
+    Raises DamagedCheckpoint for anything that `Session.saved_state` does not give.
+    """
+    try:
+        position, best = saved["loader"], saved["best_validation_loss"]
+        if not isinstance(position, dict) or not {"per_source", "samples"} <= position.keys():
+            raise ValueError("the loader's position is none")
+        if not (best is None or type(best) is float):
+            raise ValueError("best_validation_loss is no number")
+        return position, TrainState.from_json(saved), best
+    except (KeyError, ValueError) as error:
+        raise DamagedCheckpoint(f"{source / STATE}: it is not the state of a run: {error}") from error
+
+
+def is_finite(arena: Arena) -> bool:
+    """Whether weights and moments hold neither NaN nor infinity."""
+    return all(math.isfinite(ops.norm(arena[name])) for name in STATE_BUFFERS if name in arena)
 
 
 def _check_dtype(source: Path, plan: MemoryPlan) -> None:
-    computed = json.loads((source / STATE).read_bytes())["compute_dtype"]
+    computed = checkpoint.read_state(source).get("compute_dtype")
     if computed != plan.compute_dtype:
         problem = (
             f"{source} was computed in {computed}, and this machine computes the run in {plan.compute_dtype}"
         )
         remedy = "go on where it began, or give a new run another name"
         raise ConfigError([Problem("train.precision", problem, remedy)])
-
-
-def _restore_state(saved: dict[str, Any]) -> TrainState:
-    return TrainState(saved["step"], saved["updates"], GuardState(**saved["guard"]))

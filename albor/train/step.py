@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from albor.model.transformer import Transformer
 from albor.ops import UpdateScalars
 from albor.seeds import derive_seed
 from albor.train.accumulator import DeviceSums, make_accumulator
-from albor.train.guard import GuardState, judge
+from albor.train.guard import GuardState, Verdict, judge
 from albor.train.optimizer import AdamW
 from albor.train.schedule import learning_rate
-from albor.train.streams import make_streams
+from albor.train.streams import Event, make_streams
 
 Batch = tuple[np.ndarray, np.ndarray]  # tokens and targets, (B, T) each
 
@@ -40,6 +41,18 @@ class TrainState:
     updates: int = 0  # steps that changed the weights: the bias correction goes by this
     guard: GuardState = field(default_factory=GuardState)
 
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads back."""
+        return {"step": self.step, "updates": self.updates, "guard": self.guard.as_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TrainState:
+        """The state in a checkpoint. Raises KeyError or ValueError for anything but what `as_json` gives."""
+        step, updates = value["step"], value["updates"]
+        if type(step) is not int or type(updates) is not int or not 0 <= updates <= step:
+            raise ValueError("step and updates are no counts of a run")
+        return cls(step, updates, GuardState.from_json(value["guard"]))
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -50,7 +63,12 @@ class StepResult:
     gradient_norms: Mapping[str, float]  # the same of its parts, see `gradient_norms`
     lr: float
     target_tokens: int
-    updated: bool  # False: loss or norm was not finite, and the weights are as they were
+    verdict: Verdict
+
+    @property
+    def updated(self) -> bool:
+        """False: the weights are as they were."""
+        return self.verdict.updates
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ class Trainer:
         self.accumulator = make_accumulator(self.architecture, arena, self.model.ops, self.streams)
         self.optimizer = AdamW(config.optimizer, self.architecture, arena, self.model.ops)
         self.layers = self.architecture.num_hidden_layers
+        self._held_by: list[Event] = []  # what the next update waits for
         # A block sees its gradient buffer, which may be another's too, under its own tensor names.
         starts = {block.name: block.start for block in self.architecture.blocks}
         buffer = self.accumulator.buffer
@@ -119,6 +138,7 @@ class Trainer:
             arena.enter("clip")
             squares = self.accumulator.squared_norms()
             loss_sum, *squares_on_device = self._read_results()
+            self.accumulator.fetch()  # whether or not an update follows, the next forward uses that memory
         # From here to the true gradient: the mean over target tokens, without the loss scale.
         gradient_scale = config.tokens_per_step / max(target_tokens, 1) / state.guard.loss_scale
         norm, norms = gradient_norms(
@@ -131,23 +151,33 @@ class Trainer:
         """The weights' update by what was accumulated, unless the guard forbids it."""
         config, arena = self.config, self.arena
         lr = learning_rate(state.step + 1, config.steps, config.optimizer.lr, config.schedule)
-        updates, guard = judge(state.guard, sums.loss, sums.grad_norm, arena.plan.compute_dtype)
-        if updates:
+        dtype = arena.plan.compute_dtype
+        verdict, guard = judge(
+            state.guard, state.step + 1, sums.loss, sums.grad_norm, config.divergence, dtype
+        )
+        if verdict.updates:
             arena.enter("optimize")
             clip = clip_factor(sums.grad_norm, config.optimizer.grad_clip)
+            if sums.grad_norm > verdict.largest_norm:
+                clip = min(clip, verdict.largest_norm / sums.grad_norm)
             number = state.updates + 1
             seed = derive_seed(config.seed, "stochastic rounding", number)
             with self.streams.computing():
+                self.streams.compute_waits(self._held_by)
+                self._held_by.clear()
                 self.model.ops.begin_update(
                     UpdateScalars(lr, sums.gradient_scale * clip, number, seed), config.optimizer.betas
                 )
-                self.accumulator.fetch()
                 if self.accumulator.resident:
                     self._graphs.run("optimizer", lambda: self.optimizer.update(self.accumulator))
                 else:
                     self.optimizer.update(self.accumulator)
-        result = StepResult(sums.loss, sums.grad_norm, sums.gradient_norms, lr, sums.target_tokens, updates)
-        return result, TrainState(state.step + 1, state.updates + int(updates), guard)
+        result = StepResult(sums.loss, sums.grad_norm, sums.gradient_norms, lr, sums.target_tokens, verdict)
+        return result, TrainState(state.step + 1, state.updates + int(verdict.updates), guard)
+
+    def update_after(self, events: Iterable[Event]) -> None:
+        """The next update of the weights comes after these: copies of the state that are still being made."""
+        self._held_by.extend(events)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """The accumulated sums by parameter name, until `update`, which may overwrite them."""

@@ -213,7 +213,8 @@ def canary(
     one, which saves memory and costs time: train.gradient_accumulation_steps=1
     makes steps shorter.
 
-    Exit code 1: they do not agree, and the worst parameters are named.
+    Exit code 1: they do not agree, and the worst parameters are named; or the
+    configuration does not train.
     """
     from albor.canary.run import run_canary
     from albor.configfile import load_config
@@ -230,7 +231,6 @@ def canary(
     raise typer.Exit(0 if outcome.passed else 1)
 
 
-@data_app.command("prepare")
 @app.command("verify-resume")
 def verify_resume(
     config: ConfigPath,
@@ -274,6 +274,7 @@ def verify_resume(
     raise typer.Exit(0 if found.identical else 1)
 
 
+@data_app.command("prepare")
 def data_prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train the tokenizer and tokenise every source, as `albor train` would; a second call finds it done.
 

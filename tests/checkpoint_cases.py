@@ -29,7 +29,7 @@ def make_state(step: int) -> dict[str, Any]:
     return {"step": step, "tokens": step * 2048, "best_loss": None, "losses": [0.1, 1 / 3, step + 1e-9]}
 
 
-def save_step(directory: Path, step: int, keep_last: int = 10, **changes: Any) -> Path:
+def save_step(directory: Path, step: int, keep_last: int | None = 10, **changes: Any) -> Path:
     """A checkpoint of `step`; `changes` are other arguments of `save`, or further keys of Retention."""
     kept = {key: changes.pop(key) for key in ("keep_every", "keep_best") if key in changes}
     arguments = {"tensor_files": make_tensors(step), "state": make_state(step), "files": FILES, **changes}

@@ -24,7 +24,18 @@ from checkpoint_cases import (
 )
 
 from albor import checkpoint
-from albor.checkpoint import candidates, find_latest, first_intact, list_checkpoints, load, verify
+from albor.checkpoint import (
+    Best,
+    candidates,
+    find_latest,
+    first_intact,
+    list_checkpoints,
+    load,
+    mark_best,
+    read_best,
+    step_of,
+    verify,
+)
 from albor.errors import CheckpointError
 from albor.manifest import MANIFEST, Manifest
 
@@ -198,12 +209,65 @@ def test_the_newest_is_the_highest_number_not_name_or_time(tmp_path: Path) -> No
     for step in reversed(steps):
         save_step(tmp_path, step)
         time.sleep(0.01)
-    assert [checkpoint.step_of(path) for path in list_checkpoints(tmp_path)] == sorted(steps)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == sorted(steps)
     assert find_latest(tmp_path, no_skip) == tmp_path / "step-1234567890"
     (tmp_path / "step-99999999999").mkdir()
     (tmp_path / "step-000000001234567899").mkdir()  # not a name that we give
     with pytest.warns(UserWarning, match=r"damaged checkpoint.*no manifest\.json"):
         assert find_latest(tmp_path) == tmp_path / "step-1234567890"
+
+
+def test_neither_the_clock_nor_the_order_of_names_says_which_is_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault row 24: the clock has jumped back and ahead; the run is beyond the eight digits of a name.
+    Removing goes by the step too."""
+    newest, kept = "step-100000000", "step-99999999"
+    times = {99_999_998: 2_000_000_000, 99_999_999: 0, 100_000_000: 1_000_000_000}
+    for step, seconds in times.items():
+        os.utime(save_step(tmp_path, step), (seconds, seconds))
+    assert find_latest(tmp_path, no_skip) == tmp_path / newest
+    for wrong in (lambda path: path.name, lambda path: path.stat().st_mtime):  # the guard dropped
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "step_of", wrong)
+            assert find_latest(tmp_path, no_skip) != tmp_path / newest
+    save_step(tmp_path, 100_000_000, keep_last=2)
+    assert names_in(tmp_path) == [newest, kept]
+
+
+KEPT = {  # of 0, 10, 20, ... 60, of which 20 is marked as the best
+    "the last two": ({"keep_last": 2}, [50, 60]),
+    "all": ({"keep_last": None}, [0, 10, 20, 30, 40, 50, 60]),
+    "more than there are": ({"keep_last": 9}, [0, 10, 20, 30, 40, 50, 60]),
+    "every thirty": ({"keep_last": 1, "keep_every": 30}, [30, 60]),
+    "every twenty, and the last two": ({"keep_last": 2, "keep_every": 20}, [20, 40, 50, 60]),
+    "the best": ({"keep_last": 1, "keep_best": True}, [20, 60]),
+    "the best, and every thirty": ({"keep_last": 1, "keep_best": True, "keep_every": 30}, [20, 30, 60]),
+}
+
+
+@pytest.mark.parametrize("rule", KEPT)
+def test_what_is_kept(tmp_path: Path, rule: str) -> None:
+    arguments, expected = KEPT[rule]
+    for step in range(0, 70, 10):
+        save_step(tmp_path, step, keep_last=100)
+        mark_best(tmp_path, step, abs(step - 20.0))
+    save_step(tmp_path, 60, **arguments)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == expected
+
+
+def test_the_best_is_the_lowest_loss_whose_checkpoint_is_there(tmp_path: Path) -> None:
+    assert read_best(tmp_path) is None
+    for step in (1, 2, 3):
+        save_step(tmp_path, step)
+    assert mark_best(tmp_path, 1, 2.0)
+    assert not mark_best(tmp_path, 2, 2.0), "the earlier one of two that are equal"
+    assert not mark_best(tmp_path, 2, 2.5)
+    assert read_best(tmp_path) == Best(1, 2.0)
+    shutil.rmtree(tmp_path / "step-00000001")
+    assert mark_best(tmp_path, 3, 3.0), "one that is gone is no best"
+    assert read_best(tmp_path) == Best(3, 3.0)
+    assert resolve(tmp_path / "best") == tmp_path / "step-00000003"
 
 
 def test_prune_keeps_the_last_and_whatever_is_newer(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ promise are held together here: a key that may change when a run resumes never c
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -18,6 +20,7 @@ import pytest
 from pydantic import BaseModel
 from run_cases import call, checkpoints, events, rows, tree, write_project
 
+from albor import checkpoint
 from albor.checkpoint import find_latest
 from albor.config import RunConfig, Source
 from albor.configfile import load_config
@@ -63,6 +66,7 @@ def source_effects(kind: str) -> Iterator[Effect]:
 
 
 PARQUET = (source("parquet"),)
+FULL_DISK = "name=full"  # of a run whose first attempt to save finds no room
 # One step leaves weights with which no other one is finite.
 DIVERGES = ("optimizer.lr=1e15", "checkpoint.every_steps=1")
 JUMPS = ("optimizer.lr=0.3", "divergence.spike_window=8", "divergence.spike_zscore=0.1")
@@ -147,6 +151,10 @@ EFFECTS = [
     Effect("evaluate.temperature", "evaluate.temperature=0", "samples"),
     Effect("checkpoint.every_steps", "checkpoint.every_steps=2", "saved"),
     Effect("checkpoint.keep_last", "checkpoint.keep_last=1", "kept"),
+    Effect("checkpoint.keep_every", "checkpoint.keep_every=3", "kept", ("checkpoint.keep_last=1",)),
+    Effect("checkpoint.keep_best", "checkpoint.keep_best=true", "best"),
+    Effect("checkpoint.retries", "checkpoint.retries=0", "code", (FULL_DISK,)),
+    Effect("checkpoint.background", "checkpoint.background=true", "plan"),
     Effect("log.every_steps", "log.every_steps=2", "rows"),
     Effect("alerts", "alerts={train/loss > 0: warn}", "alerts"),
 ]
@@ -220,6 +228,9 @@ def observe(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     def run(*overrides: str) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("run"))
+            if FULL_DISK in overrides:
+                patch.setattr("albor.train.saver._FIRST_PAUSE", 0.01)
+                patch.setattr(checkpoint, "write_tensors", full_once(checkpoint.write_tensors))
             shown = seen(call("train", project, *SHORT, *overrides).code)
         asked = call("vram-estimate", project, *SHORT, *overrides, "device=cuda", "--gpu=H100", "--json")
         return shown | ({"on_gpu": json.loads(asked.out)["attention"]["backend"]} if asked.code == 0 else {})
@@ -231,6 +242,19 @@ def observe(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         patch.setattr("torch.cuda.is_available", lambda: False)
         patch.setattr("albor.memory.attention.read_table", measured_attention)
         yield run
+
+
+def full_once(write: Callable[..., Any]) -> Callable[..., Any]:
+    """`write` on a disk that is full at its first call."""
+    calls = []
+
+    def fail_once(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments)
+
+    return fail_once
 
 
 def seen(code: int) -> dict[str, Any]:
@@ -258,6 +282,8 @@ def seen(code: int) -> dict[str, Any]:
         "batches": sorted(path.name for path in (run / "spikes").glob("*")),
         "alerts": [event["step"] for event in events(run, "alert")],
     }
+    if (best := run / "checkpoints" / "best.json").exists():
+        shown["best"] = best.read_text()
     if newest := find_latest(run / "checkpoints"):
         files = tree(newest)
         shown["weights"], shown["tokenizer"] = files["weights.safetensors"], files["tokenizer.model"]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class _Save:
     files: dict[str, bytes]
     retention: Retention
     warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # that writing took, the last attempt of it
+    waited: float = 0.0  # seconds that the training stood still for it
 
     def write(self, directory: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Path:
         """To the disk, verified, and older ones removed. Raises DiskFault."""
@@ -62,9 +63,7 @@ class Saver:
         self.session, self.log, self.display, self.stop = session, log, display, stop
         self.saved_step = session.saved_step  # of the newest of the run's own checkpoints that is whole
         self._directory = session.directory / checkpoint.CHECKPOINTS
-        config = session.config.checkpoint
-        self._retention = Retention(config.keep_last, config.keep_every, config.keep_best)
-        self._snapshot = Snapshot(session.trainer) if config.background else None
+        self._snapshot = Snapshot(session.trainer) if session.config.checkpoint.background else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: tuple[_Save, Future[Path]] | None = None
         self._must_wait = False  # the last save in the background failed
@@ -75,21 +74,22 @@ class Saver:
         run goes on. Without `prune` no older checkpoint is removed. Raises DiskFault when all attempts
         failed.
         """
+        began, session = time.monotonic(), self.session
         self.finish()
-        session = self.session
-        retention = replace(self._retention, rollback=session.state.guard.anchor)
-        if not prune:
-            retention = replace(retention, keep_last=None)
+        retention = retention_of(session) if prune else Retention(keep_last=None)
         save = _Save(session.state.step, session.saved_state(), session.saved_files(), retention)
         last = session.state.step == session.config.steps
         with suppress(OSError):  # the save will tell
             if shortage := find_shortage(session, save.step, saves=1 if last else 2):
                 self._tell("disk_is_short", save.step, shortage)
         if self._snapshot is None or self._must_wait or last or self.stop.reason is not None:
-            self._done(save, self._try_to_write(save))
+            path = self._try_to_write(save)
+            save.waited = time.monotonic() - began
+            self._done(save, path)
             return
         self._snapshot.take()
         self._in_flight = save, self._writer.submit(self._write_snapshot, save, self._snapshot)
+        save.waited = time.monotonic() - began
 
     def _write_snapshot(self, save: _Save, snapshot: Snapshot) -> Path:
         flats = snapshot.wait()
@@ -116,6 +116,10 @@ class Saver:
         else:
             self._done(save, path)
 
+    def went_back(self) -> None:
+        """The run is at the step of an earlier checkpoint again; what was found of later ones is void."""
+        self.saved_step, self._evaluated = self.session.state.step, None
+
     def close(self) -> None:
         """However the run ends, a save that has begun comes to its end."""
         try:
@@ -128,7 +132,7 @@ class Saver:
         the best. One that is still being written is marked when it is there.
         """
         under_way = self._in_flight[0].step if self._in_flight else None
-        if self._retention.keep_best and step in (self.saved_step, under_way):
+        if self.session.config.checkpoint.keep_best and step in (self.saved_step, under_way):
             self._evaluated = step, loss
             self._mark_best()
 
@@ -178,7 +182,8 @@ class Saver:
     def _done(self, save: _Save, path: Path) -> None:
         self.saved_step, self._must_wait = save.step, False
         self.stop.limit.expect_save(save.seconds)
-        self.log.event("checkpoint", save.step, path=str(path), seconds=round(save.seconds, 3))
+        times = {"seconds": round(save.seconds, 3), "waited": round(save.waited, 3)}
+        self.log.event("checkpoint", save.step, path=str(path), **times)
         self.display.checkpoint(path)
         self._tell_warnings(save)
         self._mark_best()
@@ -192,19 +197,23 @@ class Saver:
         self.display.message(f"step {step}: {message}")
 
 
+def retention_of(session: Session) -> Retention:
+    """Which checkpoints the run keeps, that of a rollback among them."""
+    config = session.config.checkpoint
+    return Retention(config.keep_last, config.keep_every, config.keep_best, session.state.guard.anchor)
+
+
 def find_shortage(session: Session, step: int, saves: int) -> str | None:
     """What is missing on the disk for the next `saves` checkpoints, the first of them of `step`; None:
     nothing.
 
     The first needs room beside all that is there. When it is verified, older ones make room for the second.
     """
-    config = session.config.checkpoint
     directory = session.directory / checkpoint.CHECKPOINTS
     size = _size(session)
     freed = 0
     with suppress(CheckpointError, OSError):
-        retention = Retention(config.keep_last, config.keep_every, config.keep_best)
-        freed = sum(map(_bytes_of, checkpoint.removable(directory, step, retention)))
+        freed = sum(map(_bytes_of, checkpoint.removable(directory, step, retention_of(session))))
     free = _free(session)
     if free >= size and free + freed >= saves * size:
         return None

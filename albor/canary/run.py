@@ -50,6 +50,9 @@ def run_canary(config: RunConfig, target: Estimate, steps: int, kind: Kind, cons
         data = prepare(config, progress)
     if problems := check_horizon(config, data):
         raise ConfigError(problems)
+    # The reference knows no spikes.
+    followed = config.divergence.model_copy(update={"on_spike": "none"})
+    config = config.model_copy(update={"divergence": followed})
     session = open_session(config, data, target.plan, target.device)
     module, logits, name = make_model(chosen, target.architecture, session.trainer.arena.device)
     plain = PlainTraining(config, module, logits, data.tokenizer.end_of_document_id)

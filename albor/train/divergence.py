@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from albor import faults
-from albor.errors import CheckpointError, Diverged
+from albor.errors import CheckpointError, DataError, Diverged
 from albor.spikes import SPIKES
 from albor.train.guard import GuardState, Verdict, must_roll_back
 from albor.train.metrics import MetricsLog
@@ -35,7 +35,8 @@ class Divergence:
         if kind == "good":
             return
         seen = f"loss {result.loss:g}, gradient norm {result.grad_norm:g}"
-        details = {"loss": str(result.loss), "grad_norm": str(result.grad_norm), **self._data_of(position)}
+        read = self._between(position, self.session.loader.state())
+        details = {"loss": str(result.loss), "grad_norm": str(result.grad_norm), **read}
         if kind == "loss scale":
             scale = self.session.state.guard.loss_scale
             self.log.event("loss_scale", step, scale=scale, **details)
@@ -79,7 +80,7 @@ class Divergence:
         checkpoint, then = found
         faults.reach("rollback.loaded", step)
         self.log.truncate_after(session.state.step)
-        jumped = _between(then, position)
+        jumped = self._between(then, position)
         details = {"from_step": step, "checkpoint": str(checkpoint), "reason": reason, **jumped}
         self.log.event("rollback", session.state.step, rollbacks=session.state.guard.rollbacks, **details)
         first, end = jumped["samples"]
@@ -103,33 +104,33 @@ class Divergence:
         raise Diverged(f"step {step}: {reason}; {remedy}")
 
     def _keep(self, action: str) -> None:
-        """Writes the last step's file. A disk that has no room for it does not stop the run."""
+        """Writes the last step's file. A disk that has no room for it, or does not give the tokens again,
+        does not stop the run.
+        """
         session, policy = self.session, self.session.config.divergence
         if self._last is None or policy.keep_spikes == 0:
             return
         step, result, before, position = self._last
-        spike = describe_spike(
-            session.config, session.data, session.loader, position, before, step, result, action
-        )
         try:
+            spike = describe_spike(
+                session.config, session.data, session.loader, position, before, step, result, action
+            )
             write_spike(session.directory, spike, policy.keep_spikes)
-        except OSError as error:
+        except (OSError, DataError) as error:
             if not self._cannot_write:
                 self._cannot_write = True
-                place, reason = session.directory / SPIKES, error.strerror or error
+                place, reason = session.directory / SPIKES, getattr(error, "strerror", None) or error
                 self.say(f"cannot write {place}: {reason}; training goes on, and such batches are not kept")
 
-    def _data_of(self, position: Position) -> dict[str, Any]:
-        return _between(position, self.session.loader.state())
+    def _between(self, first: Position, end: Position) -> dict[str, Any]:
+        """What was read from one position of the loader to another: samples, by source too, and tokens."""
+        length = self.session.config.data.sequence_length
+        return {
+            "samples": [first["samples"], end["samples"]],
+            "per_source": [list(pair) for pair in zip(first["per_source"], end["per_source"], strict=True)],
+            "tokens": [first["samples"] * length, end["samples"] * length],
+        }
 
 
 def _action(verdict: Verdict) -> str:
     return "clipped" if verdict.updates else "skipped"
-
-
-def _between(first: Position, end: Position) -> dict[str, Any]:
-    """What was read from one position of the loader to another: samples in all, and by source."""
-    return {
-        "samples": [first["samples"], end["samples"]],
-        "per_source": [list(pair) for pair in zip(first["per_source"], end["per_source"], strict=True)],
-    }

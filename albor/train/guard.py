@@ -100,7 +100,7 @@ def judge(
         )
 
     loss_limit, norm_limit = (_threshold(window, policy) for window in (state.losses, state.norms))
-    spike = policy.on_spike != "none" and (loss > loss_limit or norm > norm_limit)
+    spike = loss > loss_limit or norm > norm_limit
     verdict = Verdict("good", True)
     if spike:
         clips = policy.on_spike == "clip"
@@ -134,13 +134,15 @@ def rolled_back(state: GuardState, saved: GuardState) -> GuardState:
 def spread(window: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation of a window that is not empty."""
     mean = math.fsum(window) / len(window)
-    variance = math.fsum((value - mean) ** 2 for value in window) / len(window)
+    variance = math.fsum([(value - mean) ** 2 for value in window]) / len(window)
     return mean, max(math.sqrt(variance), _LEAST_SPREAD * abs(mean))
 
 
 def _threshold(window: Sequence[float], policy: DivergenceConfig) -> float:
-    """Above this a value is a spike; infinite while the window is less than half full."""
-    if 2 * len(window) < policy.spike_window:
+    """Above this a value is a spike; infinite where none is looked for, and while the window is less than
+    half full.
+    """
+    if policy.on_spike == "none" or 2 * len(window) < policy.spike_window:
         return math.inf
     mean, deviation = spread(window)
     return mean + policy.spike_zscore * deviation

@@ -141,7 +141,7 @@ class Loop:
     def _roll_back(self, reason: str) -> None:
         self.saver.finish()
         self.divergence.roll_back(reason)
-        self.saver.saved_step = self.session.state.step
+        self.saver.went_back()
         self._catch_up()
 
     def _look_back(self) -> None:

@@ -5,9 +5,9 @@
     python benchmarks/torture.py --kills 20 --damages 50 --scenes 3 --no-write
     python benchmarks/torture.py --seed 7 --life 12 --no-write      # one life again, for a look at it
 
-Kills: a life is a run of tests/fault_cases.py that is killed, told to stop or ended, at a random point of
-albor.faults or after a random time, one to five times in a row, and then left alone. It must come to the bits
-of a run that nothing happened to. Lives differ in how they train: with random rounding, with saving in the
+Kills: a life is a run of tests/fault_cases.py that is killed, told to stop or made to fail, at a random point
+of albor.faults or after a random time, one to five times in a row, and then left alone. It must come to the
+bits of a run that nothing happened to. Lives differ in how they train: with random rounding, with saving in the
 background, with steps that are not finite and make the run go back.
 
 Damages: one place in one file of a checkpoint is changed, at random. That must be found, and said of that
@@ -74,10 +74,10 @@ PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
 
 VARIANTS = {PLAIN: 4, ROUNDED: 2, BACKGROUND: 2, ROLLED_BACK: 2}  # and how often they are drawn
-ENDS = {"kill": -signal.SIGKILL, "exit": faults.EXIT_CODE, "term": 75, "int": 75, "hup": 75}
+ENDS = {"kill": -signal.SIGKILL, "exit": faults.EXIT_CODE, "raise": 1, "term": 75, "int": 75, "hup": 75}
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "hup": signal.SIGHUP}
 # At a random time the process may not have come to taking signals itself.
-BEFORE = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+BEFORE = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGINT)
 LONGEST_LIFE = 0.35  # seconds: about what a run takes that is left alone, on an idle machine
 RUN_EVERY = 25  # damages of which one is shown to a whole run
 
@@ -111,7 +111,7 @@ def live(bench: Bench, seed: int, number: int, tally: Tally) -> None:
     own_data = rng.random() < 0.1
     arguments = [f"data.cache_dir={directory}/data"] if own_data else []
     for _ in range(depth):
-        action = rng.choices(list(ENDS), (10, 1, 3, 3, 1))[0]
+        action = rng.choices(list(ENDS), (12, 1, 1, 4, 4, 2))[0]
         if rng.random() < 0.2 and action in SIGNALS:
             place, result = "a random time", _end_after(bench, rng, action, directory, arguments, variant)
             allowed = (ENDS[action], 0, *BEFORE)

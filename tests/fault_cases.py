@@ -132,11 +132,14 @@ class Server:
     ) -> Child:
         """`albor ARGUMENTS` in `directory`, with ALBOR_FAULT=`fault` and without the guard of `mutation`."""
         directory.mkdir(parents=True, exist_ok=True)
+        output = f"command-{len(list(directory.glob('command-*.out')))}"
+        for kind in (".out", ".err"):  # it may be killed before it opens them
+            directory.joinpath(output + kind).touch()
         request = {
             "directory": str(directory),
             "arguments": [str(argument) for argument in arguments],
             "environment": {VARIABLE: fault, **(environment or {})},
-            "output": f"command-{len(list(directory.glob('command-*.out')))}",
+            "output": output,
             "mutation": mutation,
         }
         return Child(self._address, request)

@@ -11,6 +11,8 @@ import itertools
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import run_cases
 import test_trainer
 import torch
 from fault_cases import (
@@ -37,12 +40,14 @@ from fault_cases import (
     outcome,
     reach,
     run_of,
+    write_project,
 )
 from fault_server import FAIL_READS
 from helpers import END_OF_DOCUMENT, forward_backward, gradients_of, make_batches, make_config, make_trainer
 from mutations import MUTATIONS
-from run_cases import events, tree
+from run_cases import ENVIRONMENT, events, tree
 
+import albor
 from albor import faults
 from albor.architecture import IGNORED_TARGET
 from albor.checkpoint import checkpoint_name
@@ -449,3 +454,95 @@ def test_the_page_names_every_guard_in_its_row():
     for guard, mutation in MUTATIONS.items():
         row = mutation.case.split()[0]
         assert any(number == row and guard in guards.split("; ") for number, guards in rows), guard
+
+
+# ALBOR_FAULT itself
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("kill", "'kill' is not point:when:action"),
+        ("step.begin:1:kill,", "'' is not point:when:action"),
+        ("step.start:1:kill", "there is no point 'step.start'"),
+        ("step.begin:one:kill", "'one' in 'step.begin:one:kill' is neither a step"),
+        ("step.begin:1.0:kill", "is neither a step"),
+        ("step.begin:1:sigkill", "there is no action 'sigkill'"),
+        ("load.begin:1:kill", "load.begin belongs to no step"),
+        ("step.begin:1:nan", "nan is for step.accumulated"),
+    ],
+)
+def test_a_fault_that_makes_no_sense_ends_the_process(value: str, says: str):
+    command = [sys.executable, "-c", "import albor.faults"]
+    environment = {**ENVIRONMENT, faults.VARIABLE: value}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("albor: ALBOR_FAULT: ")
+    assert result.stderr.count("\n") == 1
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("when", "taken"),
+    [
+        ("", [(1, 0)]),
+        (".3", [(2, 0)]),
+        ("2", [(2, 0)]),
+        ("2.2", [(2, 1)]),
+        ("3.9", []),
+        ("*", [(step, time) for step in (1, 2, 3) for time in (0, 1)]),
+    ],
+)
+def test_when_an_action_is_taken(when: str, taken: list[tuple[int, int]]):
+    plan = faults.Plan(faults.parse(f"step.accumulated:{when}:spike"))
+    found = []
+    for step in (1, 2, 3):
+        for time_ in (0, 1):
+            assert plan.reach("step.begin", step) == 1.0
+            if plan.reach("step.accumulated", step) == 100.0:
+                found.append((step, time_))
+    assert found == taken
+
+
+def test_actions_that_raise():
+    for action, kind in [("enospc", OSError), ("oom", torch.OutOfMemoryError), ("raise", RuntimeError)]:
+        plan = faults.Plan(faults.parse(f"save.begin:5:{action}"))
+        assert plan.reach("save.begin", 4) == 1.0
+        with pytest.raises(kind):
+            plan.reach("save.begin", 5)
+        assert plan.reach("save.begin", 5) == 1.0
+
+
+def test_every_point_is_in_the_code_and_in_the_table():
+    """And nothing reaches a point that there is not."""
+    sources = [path.read_text(encoding="utf-8") for path in Path(albor.__file__).parent.rglob("*.py")]
+    literal = {point for source in sources for point in re.findall(r'faults\.reach\(\s*"([^"]*)"', source)}
+    assert literal == set(faults.POINTS)
+    table = re.findall(r"^    ([a-z_]+\.[a-z_]+)  ", faults.__doc__ or "", re.MULTILINE)
+    assert table == list(faults.POINTS)
+
+
+def test_a_run_says_that_it_was_told_to_fail(tmp_path: Path):
+    """In a process of its own, as a user would; the fault is that of one who forgot about it."""
+    config = write_project(tmp_path)
+    environment = {**ENVIRONMENT, faults.VARIABLE: "save.tensors:6.2:kill"}
+    result = run_cases.albor(tmp_path, "train", config, env=environment)
+    assert result.code == KILLED
+    assert result.out.startswith(
+        "ALBOR_FAULT is set: this run will fail on purpose (save.tensors:6.2:kill)\n"
+    )
+    assert events(run_of(tmp_path), "faults")[0]["faults"] == "save.tensors:6.2:kill"
+    assert newest(tmp_path) == 0
+    assert [path.suffix for path in (run_of(tmp_path) / "checkpoints").glob(".*/*")] == [".safetensors"] * 2
+
+
+def test_without_a_fault_a_point_is_an_empty_function():
+    command = [
+        sys.executable,
+        "-c",
+        "import dis, albor.faults as f; print(f.ACTIVE, len(list(dis.get_instructions(f.reach))))",
+    ]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != faults.VARIABLE}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert int(result.stdout) <= 3

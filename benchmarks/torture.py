@@ -7,8 +7,8 @@
 
 Kills: a life is a run of tests/fault_cases.py that is killed, told to stop or made to fail, at a random point
 of albor.faults or after a random time, one to five times in a row, and then left alone. It must come to the
-bits of a run that nothing happened to. Lives differ in how they train: with random rounding, with saving in the
-background, with steps that are not finite and make the run go back.
+bits of a run that nothing happened to. Lives differ in how they train: with random rounding, with saves in
+the background, with steps that are not finite and make the run go back.
 
 Damages: one place in one file of a checkpoint is changed, at random. That must be found, and said of that
 file; no tensor of it may be used; and the checkpoint before it must be taken, in some cases by a whole run.

@@ -189,6 +189,10 @@ class _Draft:
         end = (len(self.phases) - 1 if first is None else start) if last is None else self._index[last]
         self._buffers.append(Buffer(name, shape, dtype or self.compute_dtype, place, group, start, end))
 
+    def declared(self, names: Sequence[str]) -> list[Buffer]:
+        """Those of `names` that were added."""
+        return [buffer for buffer in self._buffers if buffer.name in names]
+
     def placed(self) -> tuple[Buffer, ...]:
         """The buffers with offsets: those of one lifetime lie side by side, and lifetimes are packed."""
         offsets: dict[str, int] = {}
@@ -384,17 +388,20 @@ def rounds_state(config: RunConfig, compute_dtype: str) -> bool:
 
 
 def _add_state(draft: _Draft, config: RunConfig, model: Architecture, device: str) -> None:
-    """Weights and optimizer state: flat, one slice per block. Saving in the background takes a copy of each."""
-    places: list[tuple[str, Place]] = [("", "device")]
-    if config.checkpoint.background:
-        places.append(("snapshot.", "pinned" if device == "cuda" else "host"))
+    """Weights and optimizer state: flat, one slice per block; and the copy from which a checkpoint is written
+    in the background.
+    """
+    draft.add("weights", (model.flat_size,), "weights")
+    if keeps_master(config, draft.compute_dtype):
+        draft.add("master", (model.flat_size,), "master", dtype="float32")
     moments = "bfloat16" if rounds_state(config, draft.compute_dtype) else draft.wide_dtype
-    for prefix, place in places:
-        draft.add(f"{prefix}weights", (model.flat_size,), "weights", place=place)
-        if keeps_master(config, draft.compute_dtype):
-            draft.add(f"{prefix}master", (model.flat_size,), "master", dtype="float32", place=place)
-        for name in ("first", "second"):
-            draft.add(f"{prefix}moments.{name}", (model.flat_size,), "moments", dtype=moments, place=place)
+    for name in ("first", "second"):
+        draft.add(f"moments.{name}", (model.flat_size,), "moments", dtype=moments)
+    if config.checkpoint.background:
+        place: Place = "pinned" if device == "cuda" else "host"
+        for buffer in draft.declared(STATE_BUFFERS):
+            name, shape, group = f"snapshot.{buffer.name}", buffer.shape, buffer.group
+            draft.add(name, shape, group, dtype=buffer.dtype, place=place)
 
 
 def _add_gradients(

@@ -4,6 +4,8 @@ cannot show is in test_gpu.py.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,15 @@ from helpers import (
     weights_of,
 )
 from kernel_cases import DEVICE
+from late_streams import LateStreams
 
 from albor.config import RunConfig
 from albor.memory import plan
 from albor.memory.arena import Arena
 from albor.ops import UpdateScalars, make_ops
+from albor.train import step
 from albor.train.step import Trainer, TrainState
+from albor.train.streams import Graphs
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU test_gpu.py runs the kernels themselves")
 
@@ -85,6 +90,37 @@ def test_training_is_the_torch_paths(accumulator: str):
     np.testing.assert_allclose(train(kernels, 3), train(torch_path, 3), rtol=1e-5)
     ours, theirs = weights_of(kernels), weights_of(torch_path)
     assert {name for name in ours if not relative_error(ours[name], theirs[name]) < 1e-4} == set()
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2], ids=["two-slots", "early-return"])
+def test_slow_copies_change_no_bit(micro_batch_size: int, monkeypatch: pytest.MonkeyPatch):
+    """Gradients that leave, and sums that come back, while the device is long at something else: the next
+    micro-batch, the next step, an evaluation. The second step's norm is infinite, and no update follows.
+    """
+    config = make_config(**TINY | {"micro_batch_size": micro_batch_size})
+
+    def losses(delay: float | None) -> list[Any]:
+        if delay is not None:
+            monkeypatch.setattr(step, "make_streams", lambda _: (LateStreams(delay), Graphs(None)))
+        trainer = kernel_trainer(config, "cpu", poison=False)
+        early = "gradients.returned.blocks.00" in trainer.arena
+        assert early is (micro_batch_size == 2)
+        state, seen = TrainState(), []
+        for number in range(3):
+            batches = make_batches(config, seed=number, ignored=0.2)
+            sums = trainer.accumulate(batches, state)
+            if number == 1:
+                sums = replace(sums, grad_norm=math.inf)
+            result, state = trainer.update(sums, state)
+            assert result.updated is (number != 1)
+            trainer.input.load(*batches[0], train=False)
+            io = [trainer.arena[f"io.{name}"] for name in ("tokens", "targets", "losses")]
+            trainer.model.losses(*io)
+            seen += [result.loss, sums.grad_norm, float(io[2].sum())]
+        return seen
+
+    at_once = losses(None)
+    assert losses(0.08) == at_once
 
 
 def test_rounded_state_is_updated_with_the_same_bits():

@@ -43,10 +43,12 @@ ROW_CHUNK = (
     256  # tokens that elementwise arithmetic takes at a time on the torch path, to stay in the L2 cache
 )
 WIDENED = 65536  # elements of a half-precision gradient that are widened at a time to be added to the sums
-SUM_THREADS = 8  # that add gradients up in host memory, each with its own scratch of WIDENED elements
+# Threads that add gradients up in host memory, and the scratch of each: chunks are larger here, since between
+# two of them threads take turns.
+SUM_THREADS, WIDENED_BY_THREADS = 16, 2**18
 QUERY_BLOCK = 256  # queries whose attention scores exist at one time on the torch path
 # The kernels' scratch. It depends on no device: a plan, and the order of every sum, is the same on all.
-NORM_PARTIALS = 256  # programs of RMSNorm's backward, two for each multiprocessor of the largest cards
+NORM_PARTIALS = 256  # programs of RMSNorm's backward: at least one for each multiprocessor of any card
 SUM_PARTIALS = 1024  # programs of the gradient norms, and one more for each
 STAGED_BATCHES = 2  # micro-batches that are on their way to a GPU, or waiting for it
 
@@ -420,27 +422,25 @@ def _add_gradients(
         draft.add("gradients.norm_programs", (sum(programs), 4), "scratch", dtype="int64")
         draft.add("gradients.norm_firsts", (len(programs) + 1,), "scratch", dtype="int64")
         return
-    threads = 1 if device == "cpu" else SUM_THREADS
-    draft.add("gradients.widened", (threads, WIDENED), "gradients", dtype=draft.wide_dtype, place="host")
+    threads, widened = (1, WIDENED) if device == "cpu" else (SUM_THREADS, WIDENED_BY_THREADS)
+    draft.add("gradients.widened", (threads, widened), "gradients", dtype=draft.wide_dtype, place="host")
     sizes = {block.name: block.size for block in model.blocks}
     layers = model.num_hidden_layers
     # Two, so that one can leave the device while the next block's backward fills the other.
-    slots = range(min(2, layers))
-    for slot in slots:
-        draft.add(
-            f"gradients.block.{slot}", (sizes[block_name(0)],), "gradients",
-            first=f"backward.{layers - 1:02d}", last="embed_backward",
-        )  # fmt: skip
-    draft.add("gradients.head", (sizes["head"],), "gradients", first="head", last="embed_backward")
+    places = {f"block.{slot}": sizes[block_name(0)] for slot in range(min(2, layers))}
+    places |= {name: sizes[name] for name in ("head", "embedding")}
+    begin = dict.fromkeys(places, f"backward.{layers - 1:02d}") | {"head": "head"}
     # A tied matrix gets its gradient from the head first and from the embedding last.
-    begin = "head" if model.tie_word_embeddings else "embed_backward"
-    draft.add("gradients.embedding", (sizes["embedding"],), "gradients", first=begin, last="embed_backward")
+    begin["embedding"] = "head" if model.tie_word_embeddings else "embed_backward"
+    if device == "cuda":  # the last ones leave while the next micro-batch goes forward
+        begin = dict.fromkeys(places, "embed")
+    for name, size in places.items():
+        draft.add(f"gradients.{name}", (size,), "gradients", first=begin[name], last="embed_backward")
     if device == "cpu":
         return
-    for slot in slots:
-        draft.add(f"gradients.transfer.block.{slot}", (sizes[block_name(0)],), "gradients", place="pinned")
-    for name in ("head", "embedding"):
-        draft.add(f"gradients.transfer.{name}", (sizes[name],), "gradients", place="pinned")
+    # One for each block, so that the host may add up until the block's next gradient comes.
+    for name, size in sizes.items():
+        draft.add(f"gradients.transfer.{name}", (size,), "gradients", place="pinned")
     if not return_early:
         for slot in range(2):
             draft.add(

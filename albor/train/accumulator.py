@@ -6,8 +6,8 @@ buffer is backward's; after `add` it belongs to the accumulator. There are three
 - on the CPU, and wherever else gradients need not travel: `HostSums` adds each buffer to the sums at once;
 - on a GPU with `accumulator: gpu`: in `DeviceSums` the buffer is the sum itself, and backward adds to it;
 - on a GPU with `accumulator: cpu`: in `TravellingSums` a gradient leaves for host memory while the next
-  block's backward runs, and comes back, summed, for the update. On the device there are two block buffers,
-  whatever the depth of the model.
+  block's backward runs, or the next micro-batch's forward, and comes back, summed, for the update. On the
+  device there are two block buffers, whatever the depth of the model.
 """
 
 from __future__ import annotations
@@ -166,14 +166,12 @@ class TravellingSums(PerBlockGradientAccumulator):
         self._streams = streams
         self._buffers = _block_buffers(model, arena)
         layers = model.num_hidden_layers
-        self._staging = {name: arena[f"gradients.transfer.{name}"] for name in ("head", "embedding")}
-        for layer in range(layers):
-            self._staging[block_name(layer)] = arena[f"gradients.transfer.block.{layer % 2}"]
-        # Blocks that use one buffer, on the device and in host memory, are known by its name.
+        self._staging = {name: arena[f"gradients.transfer.{name}"] for name in self.blocks}
+        # Blocks that use one buffer on the device are known by its name.
         self._place = {block_name(layer): f"block.{layer % 2}" for layer in range(layers)}
         self._place |= {"head": "head", "embedding": "embedding"}
         self._left: dict[str, Event] = {}  # by place: when its gradient has left the device
-        self._summed: dict[str, Future[None]] = {}  # by place: when it has left the staging buffer too
+        self._summed: dict[str, Future[None]] = {}  # by block: when it has left the staging buffer too
         self._returned: dict[str, Event] = {}  # by block: when the sum is back on the device
         self._last_block = block_name(layers - 1)
         self._early = f"gradients.returned.{block_name(0)}" in arena
@@ -186,7 +184,11 @@ class TravellingSums(PerBlockGradientAccumulator):
         self._remaining = 0
         # One that waits, and those that add; the sums' order is that of the calls of `add`.
         self._waiter = ThreadPoolExecutor(1, "gradients")
-        self._adders = ThreadPoolExecutor(len(self._scratch), "gradient-sums")
+        # PyTorch would give each of them a team of threads. The setting is the thread's own, and that of threads
+        # which start after it.
+        self._adders = ThreadPoolExecutor(
+            len(self._scratch), "gradient-sums", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def begin(self, micro_batches: int) -> None:
         super().begin(micro_batches)
@@ -208,13 +210,12 @@ class TravellingSums(PerBlockGradientAccumulator):
             self._streams.compute_waits([self._left.pop(place)])
 
     def add(self, name: str) -> None:
-        place = self._place[name]
-        if place in self._summed:
-            self._summed.pop(place).result()  # the host may run two blocks ahead of the sums, and no further
+        if name in self._summed:
+            self._summed.pop(name).result()  # the host may be a micro-batch ahead of the sums, and no more
         arrived = self._streams.copy_out(self._staging[name], self._buffers[name])
-        self._left[place] = arrived
+        self._left[self._place[name]] = arrived
         last = self._remaining == 1
-        self._summed[place] = self._waiter.submit(self._sum, name, arrived, first=self.first, last=last)
+        self._summed[name] = self._waiter.submit(self._sum, name, arrived, first=self.first, last=last)
 
     def _sum(self, name: str, arrived: Event, *, first: bool, last: bool) -> None:
         self._streams.host_waits(arrived)

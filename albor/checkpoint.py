@@ -385,6 +385,12 @@ def candidates(path: Path) -> list[Path]:
     A checkpoint is itself alone; a run, or a directory of checkpoints, is its checkpoints, the newest first;
     `best` in either is the one that is marked as the best. Raises `CheckpointError` if there is none.
     """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that no file can have
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     if path.name == "best" and not path.exists():
         checkpoints_dir = _checkpoints_dir(path.parent)
         best = read_best(checkpoints_dir)

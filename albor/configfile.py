@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from albor.yamlcore import (
     read_yaml,
 )
 
+_MOST_PROBLEMS = 100  # that are reported at once
 _SOURCES: KeyPath = ("data", "sources")
 _SOURCE_TYPES: dict[str, type[Section]] = {
     get_args(source.model_fields["kind"].annotation)[0]: source for source in get_args(get_args(Source)[0])
@@ -61,7 +63,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         problem = Problem("", "the file is empty", "give at least name, model and train", str(path))
         raise ConfigError([problem])
     if document.value is UNREADABLE:
-        raise ConfigError(document.problems)
+        raise ConfigError(_first(document.problems))
     if not isinstance(document.value, dict):
         what = f"the file holds {_describe(document.value).removeprefix('is ')}, not keys"
         raise ConfigError([Problem("", what, "begin with `name: my-run`", document.where(()))])
@@ -75,8 +77,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             paths = [tuple(key.split(".")) for key in keys]
             document.refuse(paths[0], problem.message, problem.remedy, _blame(document, paths))
     if document.problems:
-        raise ConfigError(sorted(document.problems, key=_line))
+        raise ConfigError(_first(sorted(document.problems, key=_line)))
     return config
+
+
+def _first(problems: list[Problem]) -> list[Problem]:
+    """As many as a person reads, and how many there are besides."""
+    more = len(problems) - _MOST_PROBLEMS
+    return problems if more <= 0 else [*problems[:_MOST_PROBLEMS], Problem("", f"and {more:,} more problems")]
 
 
 def dump_config(config: RunConfig) -> str:
@@ -91,6 +99,11 @@ def schema() -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            # Opening a pipe may wait for ever, and what is read from it cannot be read again.
+            problem = Problem("", "is no regular file", "give the path of a YAML file", str(path))
+            raise ConfigError([problem])
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) <= MAX_BYTES:

@@ -1,10 +1,13 @@
 """Shards: what is read is what was written, or the file that is not is named."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
+from albor.data import shards as shards_module
+from albor.data.cache import file_sha256
 from albor.data.shards import ShardWriter, TokenStream, token_dtype
 from albor.errors import DataError
 
@@ -96,6 +99,12 @@ def test_dtype_at_the_edge_of_uint16(tmp_path, vocab_size, dtype):
     top = np.array([0, vocab_size - 1])
     stream = TokenStream.open(write(tmp_path / "top", [top], vocab_size))
     np.testing.assert_array_equal(stream.read(0, 2), top)
+
+
+@pytest.mark.parametrize("vocab_size", [65_536, 65_537])
+def test_the_first_id_that_does_not_fit_at_the_edge_of_uint16(tmp_path, vocab_size):
+    with pytest.raises(DataError, match=f"do not fit a vocabulary of {vocab_size}"):
+        write(tmp_path / "bad", [[vocab_size]], vocab_size)
 
 
 @pytest.mark.parametrize("ids", [[VOCAB], [-1], [70_000], [1 << 40], [65_536 + 5]])
@@ -203,6 +212,189 @@ def test_document_offsets_that_do_not_end_with_the_stream_are_refused(shards):
     np.save(path, np.load(path) + 1)
     with pytest.raises(DataError, match="does not agree"):
         TokenStream.open(shards, "size")
+
+
+def header_of(directory, text, version=b"\x01\x00", data=b""):
+    """A first shard that begins with the header `text`, as long as it says it is."""
+    length = len(text).to_bytes(2 if version == b"\x01\x00" else 4, "little")
+    (directory / "tokens-00000.npy").write_bytes(b"\x93NUMPY" + version + length + text + data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"()",
+        b"(" * 9000,
+        b"-" * 9000 + b"1",
+        b"[" * 9000 + b"]" * 9000,
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (" + b"9" * 5000 + b",)}",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (-64,)}",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (64.0,)}",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': 64}",
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (64,)}",
+        b"{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (64,)}",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (64,), 1: 2}",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (__import__('os').getpid(),)}",
+        b"\xff\xfe" * 40,
+    ],
+    ids=lambda text: text[:20].decode(errors="replace"),
+)
+def test_a_header_that_makes_no_sense_is_refused(shards, text):
+    header_of(shards, text, data=bytes(128))
+    with pytest.raises(DataError, match=r"tokens-00000.npy"):
+        TokenStream.open(shards)
+
+
+def test_a_header_that_claims_gigabytes_is_not_read(shards):
+    """A version 2.0 header may say that it is 4 GiB long; a sparse file really is."""
+    header_of(shards, b"{", version=b"\x02\x00")
+    path = shards / "tokens-00000.npy"
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(b"\xff\xff\xff\xff")
+        file.truncate(2**32 + 100)
+    with pytest.raises(DataError, match=r"tokens-00000.npy is damaged \(its version is not 1.0\)"):
+        TokenStream.open(shards)
+
+
+def test_what_is_no_npy_file_is_refused(shards):
+    for name in ("tokens-00000.npy", "documents.npy"):
+        path, content = shards / name, (shards / name).read_bytes()
+        with open(path, "wb") as file:
+            np.savez(file, np.arange(64, dtype=np.uint16))
+        with pytest.raises(DataError, match=name):
+            TokenStream.open(shards)
+        for put in (
+            path.mkdir,
+            lambda path=path: os.mkfifo(path),
+            lambda path=path: path.symlink_to("/dev/zero"),
+        ):
+            path.unlink() if not path.is_dir() else path.rmdir()
+            put()
+            with pytest.raises(DataError, match=name):  # and no waiting for who writes into a pipe
+                TokenStream.open(shards)
+        path.unlink()
+        path.write_bytes(content)
+    TokenStream.open(shards)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, ">u2", np.float16, np.uint32, np.uint8])
+def test_any_other_dtype_is_found(shards, dtype):
+    """Also those in which as many values take as many bytes."""
+    path = shards / "tokens-00000.npy"
+    np.save(path, np.load(path).astype(dtype))
+    with pytest.raises(DataError, match=r"tokens-00000.npy holds .*, expected uint16"):
+        TokenStream.open(shards, "size")
+
+
+def test_starts_of_documents_that_go_back_are_refused(shards):
+    path = shards / "documents.npy"
+    starts = np.load(path)
+    for wrong in (np.concatenate([[1], starts[1:]]), np.concatenate([starts[2::-1], starts[3:]])):
+        np.save(path, wrong)
+        with pytest.raises(DataError, match=r"documents.npy does not hold the starts of documents"):
+            TokenStream.open(shards, "size")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"format": 1e999}',
+        b'{"format": NaN}',
+        b'{"format": 1, "format": 1}',
+        b"\xff\xfe{",
+        b'{"format": 1}',
+        b'{"format": 1, "vocab_size": 1000, "documents": 1e3, "text_bytes": 1, "tokens": 1, "shards": []}',
+    ],
+    ids=lambda content: content[:16].decode(errors="replace"),
+)
+def test_a_hostile_manifest_is_refused(shards, content):
+    (shards / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest.json"):
+        TokenStream.open(shards)
+
+
+def test_a_manifest_names_the_files_of_its_directory_in_their_order(shards, tmp_path):
+    """No path out of it, and no shard twice or in another's place, however well the hashes fit."""
+    entries = json.loads((shards / "manifest.json").read_text())["shards"]
+    outside = tmp_path / "outside.npy"
+    outside.write_bytes((shards / "tokens-00000.npy").read_bytes())
+    for wrong in (
+        [{**entries[0], "file": "../outside.npy"}, *entries[1:]],
+        [{**entries[0], "file": str(outside)}, *entries[1:]],
+        [entries[1], entries[0], *entries[2:]],
+        [entries[0], entries[0], *entries[2:]],
+        [{**entries[0], "tokens": True}, *entries[1:]],
+        [{**entries[0], "tokens": -1}, *entries[1:]],
+        {"0": entries[0]},
+    ):
+        edit_manifest(shards, shards=wrong)
+        with pytest.raises(DataError, match=r"manifest.json is not what was written"):
+            TokenStream.open(shards)
+
+
+def swap_first_two(directory):
+    first, second = directory / "tokens-00000.npy", directory / "tokens-00001.npy"
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+
+
+def flip_a_bit(directory):
+    path = directory / "tokens-00001.npy"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+def put_in_an_id(directory):
+    """Beyond the vocabulary, by somebody who writes the hash that fits."""
+    path = directory / "tokens-00000.npy"
+    tokens = np.load(path)
+    tokens[3] = VOCAB
+    np.save(path, tokens)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = file_sha256(path)
+    edit_manifest(directory, shards=manifest["shards"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "guard"),
+    [(swap_first_two, "_verify_hash"), (flip_a_bit, "_verify_hash"), (put_in_an_id, "_verify_ids")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_without_its_guard_damage_would_be_read(shards, damage, guard, monkeypatch):
+    """Rows 15 and 16 of the fault matrix: refused; and, with the guard dropped, tokens for the model."""
+    expected = np.concatenate(some_documents())
+    damage(shards)
+    with pytest.raises(DataError, match=r"tokens-0000[01].npy"):
+        TokenStream.open(shards)
+    monkeypatch.setattr(shards_module, guard, lambda *_: None)
+    stream = TokenStream.open(shards)
+    assert (stream.read(0, len(stream)) != expected).any()
+
+
+def test_without_its_guard_a_wide_id_would_wrap_around(tmp_path, monkeypatch):
+    """Row 16: 65,541 in 16 bits is 5. The check before the narrowing is the one that sees it."""
+    ids = np.array([65_541, 1], dtype=np.int64)
+    with pytest.raises(DataError, match="do not fit a vocabulary of 1000"):
+        write(tmp_path / "guarded", [ids])
+    monkeypatch.setattr(ShardWriter, "add", unchecked(ShardWriter.add))
+    stream = TokenStream.open(write(tmp_path / "unguarded", [ids]))
+    assert stream.read(0, 2).tolist() == [5, 1]
+
+
+def unchecked(add):
+    """`add` as it would be without the check of ids: they are narrowed first."""
+
+    def narrow_first(self, ids, text_bytes):
+        add(self, ids.astype(np.uint16), text_bytes)
+
+    return narrow_first
 
 
 def test_a_pickled_array_is_refused(shards):

@@ -235,7 +235,6 @@ def allow(*keys: str) -> pytest.MonkeyPatch:
     [
         "optimizer.weight_decay=0.5",
         "train.max_steps=30",
-        "schedule.kind=linear",
         "data.sources[0].weight=2.0",
     ],
 )

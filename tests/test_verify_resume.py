@@ -142,7 +142,7 @@ def test_a_command_that_fails_is_quoted(config: Path, server: Server, monkeypatc
 def test_what_it_refuses(config: Path):
     result = call("verify-resume", config, "--steps", "24")
     assert (result.code, "--steps: is 24, and the run has 24 steps" in result.err) == (2, True)
-    result = call("verify-resume", config, "model.hidden_size=65536", "model.num_hidden_layers=1000")
+    result = call("verify-resume", config, "model.hidden_size=1000000", "model.num_hidden_layers=9")
     assert (result.code, "Traceback" in result.err) == (4, False)
     assert not Path("runs").exists()
 

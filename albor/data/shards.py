@@ -26,6 +26,7 @@ import numpy as np
 from albor import faults
 from albor.data.cache import file_sha256
 from albor.errors import DataError
+from albor.strictjson import from_json, read_bounded
 
 FORMAT = 1
 SHARD_TOKENS = 100_000_000
@@ -37,6 +38,11 @@ _SCANNED_TOKENS = 1 << 24  # tokens that a check of a whole shard looks at in on
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The narrowest unsigned dtype that holds every id of the vocabulary."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def shard_name(number: int) -> str:
+    """The file of a stream's shard `number`, counted from 0."""
+    return f"tokens-{number:05d}.npy"
 
 
 class ShardWriter:
@@ -101,7 +107,7 @@ class ShardWriter:
         (self._directory / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
     def _path(self, number: int) -> Path:
-        return self._directory / f"tokens-{number:05d}.npy"
+        return self._directory / shard_name(number)
 
     def _write_header(self, file: IO[bytes], tokens: int) -> None:
         # NumPy pads the header so that a longer first axis still fits: rewriting it with the true length is
@@ -128,8 +134,7 @@ class _Shard:
     def __init__(self, path: Path, sha256: str, dtype: np.dtype[Any], tokens: int):
         """Raises DataError unless the file holds just `tokens` values of `dtype`."""
         self.path, self.sha256, self._dtype, self._tokens = path, sha256, dtype, tokens
-        values = _map(path, dtype, tokens)
-        self._start = path.stat().st_size - values.nbytes  # after NumPy's header
+        self._start = _header_bytes(path, dtype, tokens)
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -173,30 +178,29 @@ class TokenStream:
         its SHA-256 and checks every id. Raises DataError that names the file which is not what was written.
         """
         manifest = _read_manifest(directory)
-        try:
-            dtype = token_dtype(manifest["vocab_size"])
-            if manifest["dtype"] != dtype.name:
-                raise DataError(f"{directory / _MANIFEST} names dtype {manifest['dtype']}, not {dtype.name}")
-            shards = tuple(
-                _Shard(directory / entry["file"], entry["sha256"], dtype, entry["tokens"])
-                for entry in manifest["shards"]
-            )
-            documents_path = directory / _DOCUMENTS
-            offsets = _map(documents_path, np.dtype(np.int64), manifest["documents"] + 1)
-            if verify == "hash":
-                _verify_hash(documents_path, manifest["documents_sha256"])
-                for shard in shards:
-                    _verify_hash(shard.path, shard.sha256)
-                    for start in range(0, len(shard), _SCANNED_TOKENS):
-                        part = shard.read(start, min(_SCANNED_TOKENS, len(shard) - start))
-                        _verify_ids(part, manifest["vocab_size"], shard.path)
-            stream = TokenStream._over(
-                shards, manifest["vocab_size"], manifest["tokenizer_sha256"], manifest["text_bytes"], offsets
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{directory / _MANIFEST} is damaged ({error!r}); {_REMEDY}") from error
+        dtype = token_dtype(manifest["vocab_size"])
+        if manifest.get("dtype") != dtype.name:
+            raise DataError(f"{directory / _MANIFEST} names dtype {manifest.get('dtype')}, not {dtype.name}")
+        shards = tuple(
+            _Shard(directory / entry["file"], entry["sha256"], dtype, entry["tokens"])
+            for entry in manifest["shards"]
+        )
+        documents_path = directory / _DOCUMENTS
+        offsets = _map(documents_path, np.dtype(np.int64), manifest["documents"] + 1)
+        if verify == "hash":
+            _verify_hash(documents_path, manifest["documents_sha256"])
+            for shard in shards:
+                _verify_hash(shard.path, shard.sha256)
+                for start in range(0, len(shard), _SCANNED_TOKENS):
+                    part = shard.read(start, min(_SCANNED_TOKENS, len(shard) - start))
+                    _verify_ids(part, manifest["vocab_size"], shard.path)
+        stream = TokenStream._over(
+            shards, manifest["vocab_size"], manifest["tokenizer_sha256"], manifest["text_bytes"], offsets
+        )
         if len(stream) != manifest["tokens"] or offsets[-1] != len(stream):
             raise DataError(f"{directory / _MANIFEST} does not agree with its shards' lengths; {_REMEDY}")
+        if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            raise DataError(f"{documents_path} does not hold the starts of documents; {_REMEDY}")
         return stream
 
     @staticmethod
@@ -261,33 +265,66 @@ _MEND = f"mend the disk, or {_REMEDY}; the same command then goes on from the la
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / _MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = from_json(read_bounded(path))
     except FileNotFoundError as error:
         raise DataError(f"{directory} holds no token shards: {_MANIFEST} is missing") from error
     except ValueError as error:
-        raise DataError(f"{path} is damaged; {_REMEDY}") from error
+        raise DataError(f"{path} is damaged ({error}); {_REMEDY}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise DataError(f"{path} has format {found}, this albor reads format {FORMAT}; {_REMEDY}")
+    counts = ("vocab_size", "documents", "text_bytes", "tokens")
+    entries = manifest.get("shards")
+    if (
+        not all(_is_count(manifest.get(key)) for key in counts)
+        or not all(isinstance(manifest.get(key), str) for key in ("tokenizer_sha256", "documents_sha256"))
+        or not isinstance(entries, list)
+        # No path out of the directory, no file twice, and none of the stream's in another's place.
+        or [isinstance(entry, dict) and entry.get("file") for entry in entries]
+        != [shard_name(number) for number in range(len(entries))]
+        or not all(
+            _is_count(entry.get("tokens")) and isinstance(entry.get("sha256"), str) for entry in entries
+        )
+    ):
+        raise DataError(f"{path} is not what was written; {_REMEDY}")
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _header_bytes(path: Path, dtype: np.dtype[Any], length: int) -> int:
+    """Where the values begin in a `.npy` file that holds `length` of `dtype`, and nothing else."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        with open(path, "rb") as file:
+            # The only version that NumPy or we write for these; its header has 64 KiB at most.
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("its version is not 1.0")
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; {_REMEDY}") from error
+    except Exception as error:  # NumPy evaluates the header as Python, and raises what Python's parser does
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise DataError(f"{path} is damaged ({reason}); {_REMEDY}") from error
+    if found != dtype:
+        raise DataError(f"{path} holds {found}, expected {dtype}; {_REMEDY}")
+    if shape != (length,) or size != start + length * dtype.itemsize:
+        raise DataError(f"{path} holds {shape} values in {size} bytes, expected {length}; {_REMEDY}")
+    return start
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> np.ndarray:
     """The vector in a `.npy` file, mapped, if the file holds exactly that."""
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; {_REMEDY}") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}); {_REMEDY}") from error
-    if values.dtype != dtype:
-        raise DataError(f"{path} holds {values.dtype}, expected {dtype}; {_REMEDY}")
-    if values.shape != (length,) or size != values.offset + values.nbytes:
-        raise DataError(f"{path} holds {values.shape} values in {size} bytes, expected {length}; {_REMEDY}")
-    return np.asarray(values)  # a plain view: slicing a memmap object costs several times as much
+    start = _header_bytes(path, dtype, length)
+    # A plain view: slicing a memmap object costs several times as much.
+    return np.asarray(np.memmap(path, dtype, "r", start, (length,)))
 
 
 def _verify_hash(path: Path, sha256: str) -> None:

@@ -167,9 +167,14 @@ def list_files(source: Source) -> list[SourceFile] | None:
             )
         return files
     path = Path(source.path).expanduser()
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:  # a name that no file can have
+        problem = f"{source.kind} path {source.path!r} cannot be read: {error.strerror}"
+        raise ConfigError([Problem("data.sources", problem, "check the spelling")]) from error
     if isinstance(source, HubSource):
-        return _walk(path) if path.is_dir() else None
-    if path.is_dir():
+        return _walk(path) if is_directory else None
+    if is_directory:
         suffixes = _SUFFIXES.get(source.kind)
         files = [file for file in _walk(path) if suffixes is None or file.name.lower().endswith(suffixes)]
         wanted = f" with a name that ends in {' or '.join(suffixes)}" if suffixes else ""

@@ -30,6 +30,7 @@ from albor.data.sources import Document
 from albor.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+_LARGEST_MODEL = 256 * 2**20  # bytes of a .model file; one of 256,000 tokens has 5 million
 RECIPE = 1  # raised whenever training would give another model from the same text
 _SPACE_MARK = "\u2581"
 _MARK_RUNS = re.compile(f"({_SPACE_MARK}+)")
@@ -102,7 +103,13 @@ class Tokenizer:
     def load(cls, path: Path) -> Tokenizer:
         """A SentencePiece .model file. Raises DataError unless it is lossless and can end documents."""
         try:
-            tokenizer = cls(path.read_bytes())
+            if path.exists() and not path.is_file():  # a device may have no end
+                raise DataError("it is no regular file")
+            with open(path, "rb") as file:
+                model = file.read(_LARGEST_MODEL + 1)
+            if len(model) > _LARGEST_MODEL:
+                raise DataError(f"it is larger than the {_LARGEST_MODEL:,} bytes that are read")
+            tokenizer = cls(model)
         except OSError as error:
             raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from error
         except (RuntimeError, ValueError) as error:

@@ -13,6 +13,7 @@ from albor.memory.plan import head_chunk_tokens
 MOST = 5
 _SMALLEST_CHUNK = 256  # tokens; below, the head's GEMMs are too small to be fast
 _SHORTEST_SEQUENCE = 128
+_LARGEST_MICRO_BATCH = 4096  # that is suggested in place of a larger one; numbers up to 2^63 may be given
 
 Change = dict[str, Any]  # dotted key -> new value
 
@@ -74,7 +75,7 @@ def _levers(config: RunConfig, device: str) -> Iterator[list[Change]]:
     sequences = train.micro_batch_size * train.gradient_accumulation_steps
     yield [
         {"train.micro_batch_size": size, "train.gradient_accumulation_steps": sequences // size}
-        for size in range(train.micro_batch_size - 1, 0, -1)
+        for size in range(min(train.micro_batch_size - 1, _LARGEST_MICRO_BATCH), 0, -1)
         if sequences % size == 0
     ]
     yield [{"train.accumulator": "cpu"}] if train.accumulator == "gpu" else []

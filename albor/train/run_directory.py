@@ -37,9 +37,9 @@ def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[None]:
     Where the file system has no locks (NFS without a lock service), `warn` is told so and nothing is kept
     out.
     """
-    created = [path for path in (directory, directory.parent) if not path.exists()]
     lock = directory / _LOCK
     try:
+        created = [path for path in (directory, directory.parent) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         handle = _lock(lock, warn)
     except OSError as error:

@@ -30,6 +30,8 @@ from albor.train.step import Batch, Trainer, TrainState
 
 T = TypeVar("T")
 
+TOKENIZER = "tokenizer.model"  # the file in a checkpoint
+
 
 @dataclass
 class Session:
@@ -118,7 +120,7 @@ class Session:
         """The files that make a checkpoint self-describing."""
         return {
             "config.yaml": dump_config(self.config).encode(),
-            "tokenizer.model": self.data.tokenizer.model,
+            TOKENIZER: self.data.tokenizer.model,
         }
 
 
@@ -244,16 +246,26 @@ def open_session(
         clear(arena)
         saved = fill_from(trainer, source)
         if saved.get("data_sha256") != data.sha256:
-            raise DataError(
-                f"{source} was trained on other data or with another tokenizer than data.sources now give; "
-                "restore the sources (or tokenizer.path), or give the new run another name"
-            )
+            raise DataError(_explain_other_data(source, data))
         position, state, best = _read(saved, source)
         loader = Loader(*loader_arguments, state=position)
         return Session(config, data, loader, trainer, state, source, best)
 
     _check_dtype(sources[0], plan)
     return _first_intact(sources, fill, warn)
+
+
+def _explain_other_data(source: Path, data: PreparedData) -> str:
+    saved = source / TOKENIZER
+    if not saved.is_file() or saved.read_bytes() != data.tokenizer.model:
+        return (
+            f"{source} was trained with another tokenizer than {data.tokenizer_path}; restore tokenizer.path "
+            "(or the sources that it is trained on), or give the new run another name"
+        )
+    return (
+        f"{source} was trained on other data than data.sources now give; restore the sources, or give the "
+        "new run another name"
+    )
 
 
 def fill_from(trainer: Trainer, source: Path) -> dict[str, Any]:

@@ -202,8 +202,8 @@ def run_command(
 @contextmanager
 def _temporary_directory(runs_dir: Path) -> Iterator[Path]:
     """A directory below `runs_dir`, on the disk that the run's own checkpoints will lie on."""
-    created = [folder for folder in (runs_dir, *runs_dir.parents) if not folder.exists()]
     try:
+        created = [folder for folder in (runs_dir, *runs_dir.parents) if not folder.exists()]
         runs_dir.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(prefix=".verify-resume-", dir=runs_dir))
     except OSError as error:

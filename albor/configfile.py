@@ -187,7 +187,7 @@ def _path(error: ErrorDetails) -> KeyPath:
     path = error["loc"]
     if path[:2] == _SOURCES:
         path = path[:3] + path[4:]
-    if path[-1] == "[key]":  # of a mapping, which is itself what is wrong
+    if path[-1:] == ("[key]",):  # of a mapping, which is itself what is wrong
         path = path[:-1]
     return (*path, "kind") if error["type"].startswith("union_tag") else path
 

@@ -136,7 +136,7 @@ class Trainer:
                 self.accumulator.end_micro_batch()
                 faults.reach("step.micro_batch", state.step + 1)
             arena.enter("clip")
-            squares = self.accumulator.squared_norms()
+            squares = self._squared_norms()
             loss_sum, *squares_on_device = self._read_results()
             self.accumulator.fetch()  # whether or not an update follows, the next forward uses that memory
         # From here to the true gradient: the mean over target tokens, without the loss scale.
@@ -242,6 +242,13 @@ class Trainer:
         if not self.architecture.tie_word_embeddings and not adds:  # a tied one holds the head's share
             self._d_embedding.zero_()
         self.model.embedding.backward(arena["backward.d_x"], self._index, self._d_embedding)
+
+    def _squared_norms(self) -> list[float] | None:
+        """Of the summed gradient's segments; None where they are on the device."""
+        if not isinstance(self.accumulator, DeviceSums):
+            return self.accumulator.squared_norms()
+        self._graphs.run("norms", self.accumulator.squared_norms)
+        return None
 
     def _read_results(self) -> list[float]:
         """Sum of losses, and the squared gradient norms that are on the device: the one time in a step that

@@ -74,15 +74,19 @@ def _wait_for_child(connection: socket.socket) -> NoReturn:
 
 def _run(request: dict[str, Any]) -> int:
     """What `python -m albor ARGUMENTS` would do; the exit code."""
-    os.chdir(request["directory"])
-    for number, path in ((0, os.devnull), (1, request["output"] + ".out"), (2, request["output"] + ".err")):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, number)
-        os.close(handle)
-    os.environ.update(request["environment"])
-    sys.argv = ["albor", *request["arguments"]]
     code: object = 0
     try:
+        os.chdir(request["directory"])
+        for number, path in (
+            (0, os.devnull),
+            (1, request["output"] + ".out"),
+            (2, request["output"] + ".err"),
+        ):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.dup2(handle, number)
+            os.close(handle)
+        os.environ.update(request["environment"])
+        sys.argv = ["albor", *request["arguments"]]
         importlib.reload(faults)
         _record_consumed()
         if os.environ.get(TRACE):

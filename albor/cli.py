@@ -237,7 +237,7 @@ def verify_resume(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps to train, and to compare after.")] = 8,
     signal: Annotated[
-        StopSignal, typer.Option(help="How the run is stopped: kill (SIGKILL) or term (SIGTERM, which saves).")
+        StopSignal, typer.Option(help="What stops the run: kill (SIGKILL) or term (SIGTERM, which saves).")
     ] = StopSignal.KILL,
     as_json: AsJson = False,
 ) -> None:
@@ -409,9 +409,7 @@ def generate(
 
 @app.command("inspect-spike")
 def inspect_spike(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)
-    ],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
     step: Annotated[
         int | None, typer.Option(metavar="N", help="Show this step, with the texts of its batch.")
     ] = None,

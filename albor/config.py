@@ -217,8 +217,8 @@ class TrainConfig(Section):
     )
     max_hours: Positive | None = Field(
         None,
-        description="Wall-clock hours from the start of the command within which the run saves and exits with "
-        "75, to go on when it is started again; null: no limit.",
+        description="Wall-clock hours from the start of the command within which the run saves and exits "
+        "with 75, to go on when it is started again; null: no limit.",
     )
     micro_batch_size: Count = Field(4, description="Sequences per forward and backward pass.")
     gradient_accumulation_steps: Count = Field(

@@ -80,6 +80,6 @@ class DoesNotFit(AlborError):
 
 
 class Interrupted(AlborError):
-    """A signal stopped the run after a checkpoint was written; the same command resumes it."""
+    """A signal or the time limit stopped the run, and no training is lost: the same command goes on."""
 
     exit_code = 75

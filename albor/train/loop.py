@@ -75,7 +75,8 @@ class Loop:
     def run(self) -> None:
         """Steps until the configured end.
 
-        Raises Stopped when a signal or the time limit asked for the end, and Diverged when steps stay non-finite.
+        Raises Stopped when a signal or the time limit asked for the end, and Diverged when steps stay
+        non-finite.
         """
         session, config = self.session, self.session.config
         self.log.truncate_after(session.state.step)

@@ -85,8 +85,8 @@ def run_training(
     """Trains `config` to its end, from its newest checkpoint if there is one.
 
     `given` is the configuration's text as the user wrote it; `plan` has been checked against the machine;
-    `stop` has been entered. Raises an AlborError for everything that a user can mend; whatever ends the run is
-    recorded in events.jsonl.
+    `stop` has been entered. Raises an AlborError for everything that a user can mend; whatever ends the run
+    is recorded in events.jsonl.
     """
     say = Display(console).message
     directory = run_directory(config)

@@ -246,7 +246,7 @@ def open_session(
         clear(arena)
         saved = fill_from(trainer, source)
         if saved.get("data_sha256") != data.sha256:
-            raise DataError(_explain_other_data(source, data))
+            raise DataError(_explain_other_data(config, source, data))
         position, state, best = _read(saved, source)
         loader = Loader(*loader_arguments, state=position)
         return Session(config, data, loader, trainer, state, source, best)
@@ -255,12 +255,14 @@ def open_session(
     return _first_intact(sources, fill, warn)
 
 
-def _explain_other_data(source: Path, data: PreparedData) -> str:
+def _explain_other_data(config: RunConfig, source: Path, data: PreparedData) -> str:
     saved = source / TOKENIZER
-    if not saved.is_file() or saved.read_bytes() != data.tokenizer.model:
+    # One that is trained on the data is another one when these are.
+    given = config.tokenizer.path is not None
+    if given and not (saved.is_file() and saved.read_bytes() == data.tokenizer.model):
         return (
-            f"{source} was trained with another tokenizer than {data.tokenizer_path}; restore tokenizer.path "
-            "(or the sources that it is trained on), or give the new run another name"
+            f"{source} was trained with another tokenizer than {data.tokenizer_path}; restore "
+            "tokenizer.path, or give the new run another name"
         )
     return (
         f"{source} was trained on other data than data.sources now give; restore the sources, or give the "

@@ -36,8 +36,8 @@ def _add_sum(values, total, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _squares(flat, programs, partials, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """partials[p] = the sum over chunks r, r + R, r + 2 R, ... of TILES * BLOCK elements each of the segment of
-    program p, which is its r-th of R.
+    """partials[p] = the sum over chunks r, r + R, r + 2 R, ... of TILES * BLOCK elements each, of the segment
+    whose r-th program of R is p.
     """
     row = programs + 4 * tl.program_id(0)
     # The segments begin and end at parameters, which begin at multiples of 128 elements.

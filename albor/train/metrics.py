@@ -4,7 +4,8 @@
     {"event": "checkpoint", "step": 120, "time": "2026-01-31T12:00:00+00:00", "path": "..."}
 
 Every line is valid JSON. What is not known is null, never 0; a NaN or an infinity is null too, and the row
-says so under `non_finite`. A log that cannot be written or read is reported once and never stops the training.
+says so under `non_finite`. A log that cannot be written or read is reported once and never stops the
+training.
 """
 
 from __future__ import annotations

@@ -62,7 +62,11 @@ class StopSignal(StrEnum):
 
 RunPath = Annotated[
     Path,
-    typer.Argument(metavar="RUN", help="A run directory, or one of its checkpoints.", show_default=False),
+    typer.Argument(
+        metavar="RUN",
+        help="A run directory, one of its checkpoints, or RUN/best (checkpoint.keep_best).",
+        show_default=False,
+    ),
 ]
 
 

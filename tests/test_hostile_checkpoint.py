@@ -24,6 +24,7 @@ from run_cases import Result, call, write_project
 from test_structure import ROOT, misuses
 from test_tensorfile import HOSTILE
 
+from albor import strictjson
 from albor.checkpoint import BEST, candidates, checkpoint_name, load, read_best, verify
 from albor.data.cache import file_sha256
 from albor.errors import CheckpointError, DamagedCheckpoint
@@ -288,6 +289,13 @@ def test_json_that_is_too_much(name: str):
     with pytest.raises(ValueError):  # noqa: PT011  # of the kind that is documented, and no RecursionError
         from_json(TOO_MUCH[name])
     assert time.monotonic() - began < 5
+
+
+def test_without_the_bound_deep_json_is_no_value_error(monkeypatch: pytest.MonkeyPatch):
+    """The guard dropped: the parser gives up in a way that nobody expects of a file."""
+    monkeypatch.setattr(strictjson, "DEEPEST", 10**9)
+    with pytest.raises(RecursionError):
+        from_json(b"[" * 10**6 + b"]" * 10**6)
 
 
 def test_json_that_is_just_right():

@@ -95,9 +95,14 @@ class Saver:
         flats = snapshot.wait()
         return save.write(self._directory, checkpoint_tensors(self.session.trainer, flats))
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._in_flight is not None and not self._in_flight[1].done()
+
     def poll(self) -> None:
         """Takes note of a save in the background that is done; comes after every step."""
-        if self._in_flight is not None and self._in_flight[1].done():
+        if not self.is_saving:
             self.finish()
 
     def finish(self) -> None:

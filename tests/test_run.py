@@ -369,7 +369,7 @@ def test_without_an_intact_checkpoint_nothing_starts_over(config: Path):
     before = tree(RUN)
     result = call("train", config)
     assert result.code == 1
-    assert "none of the checkpoints verifies" in result.err
+    assert result.err.endswith(f"state.json: missing; to start again, remove {RUN / 'checkpoints'}\n")
     assert tree(RUN) == before
 
 

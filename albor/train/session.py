@@ -17,7 +17,7 @@ from albor.config import RunConfig
 from albor.configfile import dump_config, load_config
 from albor.data.loader import Loader
 from albor.data.prepare import PreparedData
-from albor.errors import ConfigError, DamagedCheckpoint, DataError, Problem
+from albor.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, Problem
 from albor.manifest import STATE
 from albor.memory.arena import Arena
 from albor.memory.plan import STATE_BUFFERS, MemoryPlan
@@ -175,7 +175,12 @@ def find_checkpoints(config: RunConfig, resume: str, warn: Callable[[str], None]
         changes_since(config, path)
         return path
 
-    first = _first_intact(sources, check, warn)
+    try:
+        first = _first_intact(sources, check, warn)
+    except CheckpointError as error:
+        if resume != "auto":
+            raise
+        raise CheckpointError(f"{error}; to start again, remove {own}") from error
     return sources[sources.index(first) :]
 
 

@@ -17,7 +17,7 @@ quickstart: .venv/installed
 	$(BIN)/albor train configs/quickstart.yaml
 
 test: .venv/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

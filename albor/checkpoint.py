@@ -196,8 +196,8 @@ def remove(paths: Sequence[Path]) -> None:
 
 
 def remove_after(checkpoints_dir: Path, step: int) -> None:
-    """Remove the checkpoints beyond `step`, to which a run has gone back, and best.json if it names one of them:
-    the run will come to other ones of those steps.
+    """Remove the checkpoints beyond `step`, to which a run has gone back, and best.json if it names one of
+    them: the run will come to other ones of those steps.
     """
     with suppress(DamagedCheckpoint):
         best = read_best(checkpoints_dir)
@@ -436,7 +436,7 @@ def mark_best(checkpoints_dir: Path, step: int, loss: float) -> bool:
 
 
 def read_best(checkpoints_dir: Path) -> Best | None:
-    """What best.json says; None where there is none. Raises `DamagedCheckpoint` for one that makes no sense."""
+    """What best.json says; None where there is none. Raises `DamagedCheckpoint` if it makes no sense."""
     path = checkpoints_dir / BEST
     try:
         if path.exists() and not path.is_file():  # a pipe would keep us waiting

@@ -331,8 +331,8 @@ class CheckpointConfig(Section):
     )
     keep_best: bool = Field(
         False,
-        description="Keep the checkpoint with the lowest validation loss too; albor generate RUN/best takes it. "
-        "It is one of those that were evaluated at their own step (evaluate.every_steps).",
+        description="Keep the checkpoint with the lowest validation loss too; albor generate RUN/best takes "
+        "it. It is one of those that were evaluated at their own step (evaluate.every_steps).",
     )
     retries: CountOrZero = Field(
         5,
@@ -342,8 +342,8 @@ class CheckpointConfig(Section):
     )
     background: bool = Field(
         False,
-        description="Copy the state into host memory, which the plan counts, and write it from there while the "
-        "training goes on. One save at a time; the last one of the run is waited for.",
+        description="Copy the state into host memory, which the plan counts, and write it from there while "
+        "the training goes on. One save at a time; the last one of the run is waited for.",
     )
 
 
@@ -380,8 +380,8 @@ class RunConfig(Section):
         {},
         description="Rules on metrics, each with what happens when it holds for a logged row: `warn` says so "
         "once, `stop` saves and ends the run with exit code 1. `train/loss > 10: stop`, "
-        "`gradients/* > 100: warn`, `val/loss is not finite: stop`; * stands for any characters, and a rule that "
-        "begins with it is to be quoted. The metrics are those in metrics.jsonl.",
+        "`gradients/* > 100: warn`, `val/loss is not finite: stop`; * stands for any characters, and a rule "
+        "that begins with it is to be quoted. The metrics are those in metrics.jsonl.",
     )
 
     @property

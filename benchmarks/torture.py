@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -57,8 +58,10 @@ from fault_cases import (
     newest,
     outcome,
     reach,
+    reached,
     run_of,
 )
+from fault_server import REACHED
 from power_cut_cases import replay_random_scene
 from run_cases import Result
 
@@ -78,6 +81,7 @@ ENDS = {"kill": -signal.SIGKILL, "exit": faults.EXIT_CODE, "raise": 1, "term": 7
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "hup": signal.SIGHUP}
 # At a random time the process may not have come to taking signals itself.
 BEFORE = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGINT)
+MISSED = ("ended before the random time", "did not come to the point")
 LONGEST_LIFE = 0.35  # seconds: about what a run takes that is left alone, on an idle machine
 RUN_EVERY = 25  # damages of which one is shown to a whole run
 
@@ -89,6 +93,14 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, *names: str) -> None:
+        """Counts one of each; two lives do so at once."""
+        with self._lock:
+            self.counts.update(names)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -115,18 +127,19 @@ def live(bench: Bench, seed: int, number: int, tally: Tally) -> None:
         if rng.random() < 0.2 and action in SIGNALS:
             place, result = "a random time", _end_after(bench, rng, action, directory, arguments, variant)
             allowed = (ENDS[action], 0, *BEFORE)
+            missed = MISSED[0]
         else:
             point, when = _draw_point(rng, bench.points[variant.name], kept, own_data)
             place, fault = point, f"{point}:{when}:{action}"
-            result = bench.train(directory, *arguments, variant=variant, fault=fault)
-            allowed = (ENDS[action], 0)
+            (directory / REACHED).unlink(missing_ok=True)
+            result = bench.train(directory, *arguments, variant=variant, fault=fault, trace=True)
+            allowed = (ENDS[action],) if _was_reached(directory, point, when) else (0,)
+            missed = MISSED[1]
         assert result.code in allowed, f"{place}, {action}: ended with {result.code}: {result.err[-500:]}"
         if result.code == 0:
-            tally.counts["came to its end before"] += 1
+            tally.add(missed)
             continue
-        tally.counts[f"at {place}"] += 1
-        tally.counts[f"by {action}"] += 1
-        tally.counts["kills"] += 1
+        tally.add(f"at {place}", f"by {action}", "kills")
         stands_at = newest(directory) if run_of(directory).exists() else 0
         # Going back removes what is not good; otherwise what was saved stays saved.
         assert stands_at >= kept or variant is ROLLED_BACK, (
@@ -134,8 +147,14 @@ def live(bench: Bench, seed: int, number: int, tally: Tally) -> None:
         )
         kept = stands_at
     bench.finish(directory, *arguments, variant=variant)
-    tally.counts[f"lives: {variant.name}"] += 1
-    tally.counts[f"lives: {depth} deep"] += 1
+    tally.add(f"lives: {variant.name}", f"lives: {depth} deep")
+
+
+def _was_reached(directory: Path, point: str, when: str) -> bool:
+    """Whether the last command in `directory` came to `point` as often as `when` says."""
+    step, times = when.split(".")
+    found = [other for name, other in reached(directory) if name == point]
+    return sum(not step or other == int(step) for other in found) >= int(times)
 
 
 def _draw_point(
@@ -148,7 +167,9 @@ def _draw_point(
     if kept:
         ahead += [(point, None) for point in ("load.begin", "load.filled")] * 2
     ahead = ahead or [("evaluate.begin", STEPS)]
-    point = rng.choice(sorted({point for point, _ in ahead}))  # each point is as likely as any other
+    names = sorted({point for point, _ in ahead})  # each is as likely as any other, but for the rarest
+    rare = [point for point in names if point.startswith(("rollback.", "shard."))]
+    point = rng.choice(rare if rare and rng.random() < 0.3 else names)
     step = rng.choice([step for candidate, step in ahead if candidate == point])
     times = sum((point, step) == other for other in ahead) if not point.startswith("load.") else 1
     return point, f"{'' if step is None else step}.{rng.randint(1, times)}"
@@ -352,9 +373,12 @@ def table(record: dict[str, Any]) -> str:
     lives = sum(count for name, count in kills.items() if name.startswith("lives:") and "deep" not in name)
     ways = ", ".join(f"{kills[f'by {action}']} {action}" for action in ENDS if f"by {action}" in kills)
     points = sum(name.startswith("at ") and name != "at a random time" for name in kills)
+    missed = sum(kills[name] for name in MISSED)
+    besides = f"; {missed} more were meant, and the run had ended" if missed else ""
     rows = [
         (
-            f"{kills['kills']} random ends ({ways}) in {lives} runs, at {points} points and at random times",
+            f"{kills['kills']} random ends ({ways}) in {lives} runs, "
+            f"at {points} points and at random times{besides}",
             "the bits of an undisturbed run",
             record["kills"],
         ),

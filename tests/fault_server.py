@@ -46,6 +46,10 @@ FAIL_READS = "FAULT_READS"  # the name of a file: once it is there, os.pread fai
 def serve(path: str) -> None:
     """Forks for whoever connects. Children are each waited for by a process between us and them."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Whoever started us in the background or by nohup had them ignored, and then a run ignores them too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
     devices._cpu_has_bf16 = lambda: True  # a run that rounds at random does so on any CPU, if slowly
     with socket.socket(socket.AF_UNIX) as listener:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import torture  # noqa: E402  (which stands beside no test)
-from fault_cases import Bench, Server, directory_of_runs  # noqa: E402
+from fault_cases import Bench, Server, directory_of_runs, write_project  # noqa: E402
 
 
 def test_a_little_of_it():
@@ -32,10 +33,31 @@ def test_a_little_of_it():
         record = {"machine": torture.describe(), "seed": 1, **{k: v.as_json() for k, v in parts.items()}}
         assert torture.table(record).count(" | 0 | ") == 3
 
+        # What was done to a run and left no trace is no success.
+        train = bench.train
+        bench.train = lambda *arguments, **keywords: train(*arguments, **{**keywords, "fault": ""})
+        (failure,) = torture.torture_by_kills(bench, seed=1, kills=0, only=0).failures
+        assert ": ended with 0:" in failure
+        bench.train = train
+
         # The first of these lives, where the oracle expects something else.
         bench.expected["plain"]["consumed"][1, 1] = {"no such data"}
         (failure,) = torture.torture_by_kills(bench, seed=1, kills=0, only=0).failures
         assert failure.startswith("--seed 1 --life 0: ")
+
+
+def test_signals_that_a_shell_has_had_ignored_arrive():
+    """Started in the background, or by nohup, the server would otherwise run what ignores them too."""
+    previous = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGHUP)]
+    try:
+        with Server() as server, directory_of_runs() as directory:
+            config = write_project(directory)
+            for action in ("int", "hup"):
+                fault = f"step.begin:2:{action}"
+                assert server.run(directory / action, "train", config, fault=fault).code == 75
+    finally:
+        for number, handler in previous:
+            signal.signal(number, handler)
 
 
 def test_a_life_is_the_same_again():

@@ -184,8 +184,8 @@ class TravellingSums(PerBlockGradientAccumulator):
         self._remaining = 0
         # One that waits, and those that add; the sums' order is that of the calls of `add`.
         self._waiter = ThreadPoolExecutor(1, "gradients")
-        # PyTorch would give each of them a team of threads. The setting is the thread's own, and that of those
-        # that start after it.
+        # PyTorch would give each of them a team of threads. The setting is the thread's own, and that of
+        # threads that start later.
         self._adders = ThreadPoolExecutor(
             len(self._scratch), "gradient-sums", initializer=torch.set_num_threads, initargs=(1,)
         )

@@ -378,7 +378,7 @@ def table(record: dict[str, Any]) -> str:
     rows = [
         (
             f"{kills['kills']} random ends ({ways}) in {lives} runs, "
-            f"at {points} points and at random times{besides}",
+            f"at {points} of the {len(faults.POINTS)} points and at random times{besides}",
             "the bits of an undisturbed run",
             record["kills"],
         ),

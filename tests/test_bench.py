@@ -15,6 +15,7 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from helpers import make_config
 from typer.testing import CliRunner
 
 from albor.architecture import Architecture
+from albor.bench import machine
 from albor.bench import report as reporting
 from albor.bench import run as running
 from albor.bench.cases import SHAPES, STANDARD, Case, case_of, find_case
@@ -90,6 +92,13 @@ def reference(spec: Spec, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 # The others are these with fewer options; torch-compile itself runs in the whole protocol below.
 @pytest.mark.parametrize("name", ["albor", "torch-chunked", "hf-compile", "litgpt"])
+def test_a_card_that_only_cuda_would_choose_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_be = SimpleNamespace(chosen=None)
+    monkeypatch.setattr(machine, "read_machine", lambda: (None, [may_be, may_be]))
+    with pytest.raises(ConfigError, match="one of several devices; set CUDA_VISIBLE_DEVICES to a UUID"):
+        machine.chosen_gpu()
+
+
 def test_every_system_does_the_same_work(
     name: str, spec: Spec, reference: dict[str, list[float]], tmp_path: Path
 ):

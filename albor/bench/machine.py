@@ -16,6 +16,7 @@ from typing import Any
 import albor
 from albor.doctor.gpus import GpuFacts, read_machine
 from albor.doctor.software import commit, installed
+from albor.errors import ConfigError, Problem
 
 _PACKAGES = (
     "torch", "triton", "numpy", "transformers", "accelerate", "liger-kernel", "litgpt", "lightning",
@@ -29,8 +30,16 @@ _PEER_SOURCES = (
 
 
 def chosen_gpu() -> GpuFacts | None:
-    """The card that a run would get; None without one."""
-    return next((gpu for gpu in read_machine()[1] if gpu.chosen), None)
+    """The card that a run would get; None without one.
+
+    Raises ConfigError where it may be one of several: what was measured would not be known.
+    """
+    gpus = read_machine()[1]
+    if any(gpu.chosen is None for gpu in gpus):
+        problem = "CUDA may choose one of several devices"
+        remedy = "set CUDA_VISIBLE_DEVICES to a UUID from `nvidia-smi -L`"
+        raise ConfigError([Problem("CUDA_VISIBLE_DEVICES", problem, remedy, "environment")])
+    return next((gpu for gpu in gpus if gpu.chosen), None)
 
 
 def facts(device: str) -> dict[str, Any]:

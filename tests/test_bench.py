@@ -92,13 +92,6 @@ def reference(spec: Spec, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 # The others are these with fewer options; torch-compile itself runs in the whole protocol below.
 @pytest.mark.parametrize("name", ["albor", "torch-chunked", "hf-compile", "litgpt"])
-def test_a_card_that_only_cuda_would_choose_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    may_be = SimpleNamespace(chosen=None)
-    monkeypatch.setattr(machine, "read_machine", lambda: (None, [may_be, may_be]))
-    with pytest.raises(ConfigError, match="one of several devices; set CUDA_VISIBLE_DEVICES to a UUID"):
-        machine.chosen_gpu()
-
-
 def test_every_system_does_the_same_work(
     name: str, spec: Spec, reference: dict[str, list[float]], tmp_path: Path
 ):
@@ -864,3 +857,10 @@ def test_the_model_is_as_far_off_the_published_figures_as_the_page_says():
         speed = 524_288 / floor(work, find_card(card)).seconds
         assert modelled == f"{speed:,.0f}"
         assert off == f"{speed / float(published.replace(',', '')) - 1:+.1%}"
+
+
+def test_a_card_that_only_cuda_would_choose_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_be = SimpleNamespace(chosen=None)
+    monkeypatch.setattr(machine, "read_machine", lambda: (None, [may_be, may_be]))
+    with pytest.raises(ConfigError, match="one of several devices; set CUDA_VISIBLE_DEVICES to a UUID"):
+        machine.chosen_gpu()

@@ -21,7 +21,7 @@ import torch
 from checkpoint_cases import exit_code_of, fork
 from helpers import make_batches, make_config, make_trainer
 from late_streams import LateStreams
-from run_cases import STEPS, bits, call, checkpoints, events, tree, write_project
+from run_cases import STEPS, bits, call, checkpoints, events, tree
 from test_disk import BEST, WORSE, best, disk_fault
 
 from albor import checkpoint
@@ -38,11 +38,6 @@ from albor.train.step import Trainer, TrainState
 RUN = Path("runs/tiny")
 BACKGROUND = "checkpoint.background=true"
 ALL = "checkpoint.keep_last=100"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

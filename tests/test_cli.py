@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import typer.main
-from run_cases import ENVIRONMENT, Result, albor, call, checkpoints, tree, write_project
+from run_cases import ENVIRONMENT, Result, albor, call, checkpoints, tree
 
 import albor as package
 from albor.cli import app, main
@@ -34,11 +34,6 @@ LARGE = ROOT / "configs" / "pretrain-350m.yaml"
 RUN = Path("runs/tiny")
 WITH_CONFIG = ("train", "vram-estimate", "data prepare", "tokenizer train", "tokenizer inspect")
 COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from checkpoint_cases import exit_code_of, fork
-from run_cases import STEPS, bits, call, checkpoints, events, rows, tree, write_project
+from run_cases import STEPS, bits, call, checkpoints, events, rows, tree
 
 from albor import checkpoint, durable, faults
 from albor.checkpoint import checkpoint_name, find_latest
@@ -32,20 +32,6 @@ from albor.train.session import checkpoint_bytes
 
 RUN = Path("runs/tiny")
 LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path) -> dict[str, Any]:
-    """The bits of a run on a disk that is well."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(config.parent)
-        assert call("train", config).code == 0
-    return bits(config.parent / RUN)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from checkpoint_cases import exit_code_of, fork
-from run_cases import STEPS, bits, call, checkpoints, events, tree, write_project
+from run_cases import STEPS, bits, call, checkpoints, events, tree
 
 from albor.errors import AlborError
 from albor.train import run, run_directory, signals, time_limit
@@ -30,20 +30,6 @@ from albor.train.time_limit import TimeLimit
 
 RUN = Path("runs/tiny")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path) -> dict[str, Any]:
-    """The bits of a run that nothing disturbed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(config.parent)
-        assert call("train", config).code == 0
-    return bits(config.parent / RUN)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_cases import bits, call, checkpoints, events, tree, write_project
+from run_cases import bits, call, checkpoints, events, tree
 from test_config_effects import EFFECTS, Effect, keys
 
 from albor.configfile import load_config
@@ -20,11 +20,6 @@ from albor.train.step import Trainer
 
 RUN = Path("runs/tiny")
 STEP = 7  # where the runs here are stopped; the warm-up has 4 steps, the run 24
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(autouse=True)

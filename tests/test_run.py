@@ -29,7 +29,6 @@ from run_cases import (
     tree,
     wait,
     wait_for,
-    write_project,
 )
 
 from albor.checkpoint import checkpoint_name
@@ -49,20 +48,6 @@ METRICS = {
     *("gradients/embedding", "gradients/head"),
     *(f"gradients/block_{i:02d}{part}" for i in range(2) for part in ("", "/attention", "/mlp")),
 }
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
-def whole(config: Path) -> dict[str, Any]:
-    """The bits of a run that nothing disturbed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(config.parent)
-        assert call("train", config).code == 0
-    return bits(config.parent / RUN)
 
 
 @pytest.fixture(autouse=True)

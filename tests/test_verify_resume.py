@@ -15,18 +15,13 @@ import pytest
 import torch
 from checkpoint_cases import make_state, save_step
 from fault_cases import Server
-from run_cases import albor, call, start, tree, wait, wait_for, write_project
+from run_cases import albor, call, start, tree, wait, wait_for
 
 from albor.errors import CheckpointError
 from albor.faults import VARIABLE
 from albor.train import verify_resume
 from albor.train.metrics import MetricsLog
 from albor.train.verify_resume import compare_runs, first_difference
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")

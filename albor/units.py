@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
 _THOUSANDS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARIES = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _COUNT_UNITS = {"": 1, "B": 10**9} | _THOUSANDS | _BINARIES
@@ -56,3 +58,8 @@ _BYTES = _human_schema(1, "([KkMmGgTt][Ii]?)?[Bb]")
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=_LARGEST), _COUNT]
 CountOrZero = Annotated[int, BeforeValidator(parse_count), Field(ge=0, le=_LARGEST), _COUNT_OR_ZERO]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, le=_LARGEST), _BYTES]
+
+
+def format_bytes(size: int) -> str:
+    """`size` for people: in GiB, or in MiB where that would show nothing."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"

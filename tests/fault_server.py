@@ -51,7 +51,7 @@ def serve(path: str) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
-    devices._cpu_has_bf16 = lambda: True  # a run that rounds at random does so on any CPU, if slowly
+    devices.cpu_has_bf16 = lambda: True  # a run that rounds at random does so on any CPU, if slowly
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()

@@ -31,8 +31,9 @@ from albor.memory import attention as table
 from albor.memory.arena import Arena
 from albor.memory.attention import AttentionChoice, Measurement, choose_attention
 from albor.memory.attention_bytes import pool_bytes, temporaries
-from albor.memory.devices import Gpu, Hardware, outside
+from albor.memory.cards import Gpu, Hardware
 from albor.memory.estimate import Estimate, estimate
+from albor.memory.outside import outside
 from albor.memory.plan import plan_inference, plan_training
 from albor.ops import TorchOps, library_attention, make_ops
 from albor.ops.library_attention import deterministic_algorithms

@@ -238,7 +238,7 @@ def observe(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
         patch.setattr("albor.memory.devices.installed_gpu", lambda: None)
-        patch.setattr("albor.memory.devices._cpu_has_bf16", lambda: True)
+        patch.setattr("albor.memory.devices.cpu_has_bf16", lambda: True)
         patch.setattr("torch.cuda.is_available", lambda: False)
         patch.setattr("albor.memory.attention.read_table", measured_attention)
         yield run

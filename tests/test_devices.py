@@ -13,20 +13,14 @@ import pytest
 from helpers import make_config
 
 from albor.errors import ConfigError
-from albor.memory import devices
-from albor.memory.devices import (
-    GIB,
-    GPUS,
-    MIB,
-    Hardware,
-    compute_dtype,
-    find_gpu,
-    host_capacity,
-    installed_gpu,
-    outside,
-    resolve_accumulator,
-)
+from albor.memory import devices, nvml
+from albor.memory.cards import GPUS, Hardware, find_gpu
+from albor.memory.devices import compute_dtype, resolve_accumulator
+from albor.memory.host import has_bf16_instructions, host_capacity
+from albor.memory.nvml import installed_gpu
+from albor.memory.outside import outside
 from albor.memory.plan import plan_training
+from albor.units import GIB, MIB
 
 
 @pytest.mark.parametrize(
@@ -84,8 +78,8 @@ def test_cpu_computes_bf16_where_it_can(
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} sse\nbugs\t\t:\n")
-    known = devices.has_bf16_instructions(cpuinfo)
-    monkeypatch.setattr(devices, "_cpu_has_bf16", lambda: known)
+    known = has_bf16_instructions(cpuinfo)
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: known)
     assert compute_dtype("bf16", "cpu") == dtype
     assert devices.falls_back("bf16", dtype) == (dtype == "float32")
 
@@ -201,8 +195,8 @@ def _install(
 
 def _seen(monkeypatch: pytest.MonkeyPatch, *cards: _Card, **environment: str | None) -> list[str]:
     """The UUIDs of what CUDA's first device may be."""
-    nvml = _install(monkeypatch, *cards, **environment)  # type: ignore[arg-type]
-    return [device.handle.uuid for device in devices.device_zero(nvml)]
+    library = _install(monkeypatch, *cards, **environment)  # type: ignore[arg-type]
+    return [device.handle.uuid for device in nvml.device_zero(library)]
 
 
 A, B = _Card("GPU-aaaa-1"), _Card("GPU-bbbb-2", free=10000)
@@ -341,7 +335,7 @@ def test_cards_of_others_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert _seen(monkeypatch, other, A, visible="0") == ["GPU-aaaa-1"]
     assert _seen(monkeypatch, other, A, visible="1") == []
     assert _seen(monkeypatch, A, lost, B, visible="GPU-bbbb") == ["GPU-bbbb-2"]
-    assert list(devices.installed_cards(_Nvml([other, lost, A]))) == [1, 2]
+    assert list(nvml.installed_cards(_Nvml([other, lost, A]))) == [1, 2]
 
 
 def test_drivers_that_know_little_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from albor.doctor.checks import NOT_REPORTED, Check, Section
 from albor.doctor.report import Diagnosis, diagnose, render
 from albor.doctor.software import Package, TorchBuild
 from albor.doctor.trial import Trial
-from albor.memory.devices import GIB, MIB
+from albor.units import GIB, MIB
 
 CUDA_13 = TorchBuild("2.13.0+cu130", (13, 0), None)
 

@@ -16,9 +16,10 @@ from rich.console import Console
 from albor.config import RunConfig, check_algebra
 from albor.configfile import load_config
 from albor.errors import ConfigError, DoesNotFit
-from albor.memory.devices import GIB, MIB, Hardware
+from albor.memory.cards import Hardware
 from albor.memory.estimate import Estimate, check_fits, estimate, plan_for_training
 from albor.memory.report import run_estimate
+from albor.units import GIB, MIB
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KEYS = {

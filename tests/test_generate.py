@@ -320,7 +320,7 @@ def test_weights_are_read_as_what_this_machine_computes_in(
     computed: str,
 ) -> None:
     path = save_run(tmp_path, tokenizer, stored, precision=precision)
-    monkeypatch.setattr("albor.memory.devices._cpu_has_bf16", lambda: computed == "bfloat16")
+    monkeypatch.setattr("albor.memory.devices.cpu_has_bf16", lambda: computed == "bfloat16")
     loaded = load_for_inference(tmp_path, "cpu")
     weight = loaded.model.embedding.weight
     assert loaded.arena.plan.compute_dtype == computed

@@ -20,7 +20,7 @@ from helpers import (
 from test_gpu import SHAPE, assert_same, gpu_trainer, train
 
 from albor.memory.arena import Arena
-from albor.memory.devices import CUDA_CONTEXT, LOADED_KERNELS, outside
+from albor.memory.outside import CUDA_CONTEXT, LOADED_KERNELS, outside
 from albor.memory.plan import plan_training
 from albor.ops import make_ops
 from albor.train.streams import Graphs

@@ -17,8 +17,9 @@ from albor.architecture import Architecture
 from albor.config import RunConfig
 from albor.configfile import load_config
 from albor.memory.arena import Arena
-from albor.memory.devices import find_gpu, outside
+from albor.memory.cards import find_gpu
 from albor.memory.estimate import estimate
+from albor.memory.outside import outside
 from albor.memory.plan import DTYPE_BYTES, MemoryPlan, plan_inference, plan_training
 
 CONFIGS = Path(__file__).parent.parent / "configs"

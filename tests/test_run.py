@@ -289,7 +289,7 @@ def test_the_command_that_began_from_another_run_goes_on_with_its_own(config: Pa
 
 def test_a_machine_that_computes_otherwise_is_told_so(config: Path, monkeypatch: pytest.MonkeyPatch):
     stop_in(3, config)
-    monkeypatch.setattr("albor.memory.devices._cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("albor.memory.devices.cpu_has_bf16", lambda: True)
     state = RUN / "checkpoints" / checkpoint_name(3)
     monkeypatch.setattr("albor.memory.estimate.compute_dtype", lambda *_: "bfloat16")
     result = call("train", config)

@@ -23,8 +23,8 @@ ROWS = (
     ("yamlcore", "config", "configfile", "architecture"),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
-        "memory.devices", "memory.suggest", "memory.estimate",
-        "memory.report",
+        "memory.cards", "memory.nvml", "memory.host", "memory.outside", "memory.devices", "memory.suggest",
+        "memory.estimate", "memory.report",
     ),
     ("memory.arena", "memory.shortage"),
     ("ops",),
@@ -60,7 +60,8 @@ STRANGERS = (
 
 WITHOUT_TORCH = (
     "errors", "units", "faults", "alerts", "spikes", "config", "configfile", "architecture", "memory.packing",
-    "memory.attention", "memory.attention_bytes", "memory.plan", "memory.devices",
+    "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
+    "memory.host", "memory.outside", "memory.devices",
     "memory.suggest", "memory.estimate", "memory.report", "doctor.report", "cli",
 )  # fmt: skip
 

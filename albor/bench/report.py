@@ -16,7 +16,7 @@ from albor.bench.peers import PEERS
 from albor.bench.protocol import OWN, PROFILED, REFERENCE, Options, Run
 from albor.bench.records import Found
 from albor.errors import ConfigError
-from albor.memory.devices import find_gpu
+from albor.memory.cards import find_gpu
 from albor.memory.plan import head_chunk_tokens
 
 MFU_FORMULA = "causal: 6 * weights in GEMMs + 6 * layers * heads * head width * length, per token"

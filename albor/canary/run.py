@@ -18,7 +18,6 @@ from albor.canary.report import print_head, print_row, print_verdict
 from albor.config import RunConfig
 from albor.data.prepare import check_horizon, prepare
 from albor.errors import ConfigError, DoesNotFit, Problem
-from albor.memory.devices import format_bytes
 from albor.memory.estimate import Estimate, check_fits
 from albor.model.parameters import master_weights, named_tensors
 from albor.progress import show_progress, signals_unwind
@@ -26,6 +25,7 @@ from albor.train.guard import judge
 from albor.train.schedule import learning_rate
 from albor.train.session import Session, open_session
 from albor.train.step import Accumulated, Batch, TrainState
+from albor.units import format_bytes
 
 _SPREAD = 0.3  # the standard deviation of what the norms' scales are multiplied by, about 1
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from albor.doctor.checks import NOT_REPORTED, Check, Gain, Section, shown
 from albor.doctor.gpus import Driver, GpuFacts, Part
 from albor.doctor.software import PYPI, TorchBuild, install_torch
-from albor.memory.devices import MIB, format_bytes
+from albor.units import MIB, format_bytes
 
 # What CUDA of a major version needs at least, of any minor version (NVIDIA, "Minor Version Compatibility").
 MINIMUM_DRIVER = {12: 525, 13: 580}

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from albor.doctor.checks import read
 from albor.doctor.software import CudaVersion
 from albor.errors import ConfigError
-from albor.memory import devices
+from albor.memory.cards import find_gpu
+from albor.memory.nvml import CudaDevice, device_zero, installed_cards, mig_instances, read_memory
 
 T = TypeVar("T")
 
@@ -150,14 +151,14 @@ def read_machine(root: Path = Path("/")) -> tuple[Driver, list[GpuFacts]]:
         number = nvml.ask("nvmlSystemGetCudaDriverVersion_v2")
         cuda = None if number is None else (number // 1000, number % 1000 // 10)
         driver = Driver(nvml.ask("nvmlSystemGetDriverVersion"), cuda, None, None, on_bus)
-        cards = nvml.ask_about(devices.installed_cards) or {}
-        first = nvml.ask_about(devices.device_zero)
+        cards = nvml.ask_about(installed_cards) or {}
+        first = nvml.ask_about(device_zero)
         return driver, [_read_gpu(nvml, index, card, first, root) for index, card in cards.items()]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _is_first(first: list[devices.CudaDevice] | None, index: int, slot: int | None = None) -> bool | None:
+def _is_first(first: list[CudaDevice] | None, index: int, slot: int | None = None) -> bool | None:
     """Whether a card, or what is in a slot of it, is CUDA's first device: no, yes or perhaps (None)."""
     if first is None:
         return None
@@ -165,16 +166,14 @@ def _is_first(first: list[devices.CudaDevice] | None, index: int, slot: int | No
     return None if 0 < len(fitting) < len(first) else bool(fitting)
 
 
-def _read_gpu(
-    nvml: Nvml, index: int, handle: Any, first: list[devices.CudaDevice] | None, root: Path
-) -> GpuFacts:
+def _read_gpu(nvml: Nvml, index: int, handle: Any, first: list[CudaDevice] | None, root: Path) -> GpuFacts:
     """`handle` is None for a card that fell off the bus: every question to it is refused."""
     part = _read_part(nvml, handle, _is_first(first, index))
     name = part["name"]
     capability = nvml.ask("nvmlDeviceGetCudaComputeCapability", handle)
     known = None
     with suppress(ConfigError):
-        known = devices.find_gpu(name) if name else None
+        known = find_gpu(name) if name else None
     pci = getattr(nvml.ask("nvmlDeviceGetPciInfo", handle), "busId", None)
     pci = pci.decode() if isinstance(pci, bytes) else pci
     limits = nvml.ask("nvmlDeviceGetPowerManagementLimitConstraints", handle)
@@ -182,7 +181,7 @@ def _read_gpu(
     if reasons is None:  # its name before driver 535
         reasons = nvml.ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     mig = nvml.flag("nvmlDeviceGetMigMode", handle)
-    slices = nvml.ask_about(lambda pynvml: devices.mig_instances(pynvml, handle)) or {}
+    slices = nvml.ask_about(lambda pynvml: mig_instances(pynvml, handle)) or {}
     instances = [
         MigInstance(**_read_part(nvml, instance, _is_first(first, index, slot)))
         for slot, instance in slices.items()
@@ -222,7 +221,7 @@ def _read_gpu(
 
 def _read_part(nvml: Nvml, handle: Any, chosen: bool | None) -> dict[str, Any]:
     """The fields of a Part."""
-    memory = nvml.ask_about(lambda pynvml: devices.read_memory(pynvml, handle))
+    memory = nvml.ask_about(lambda pynvml: read_memory(pynvml, handle))
     processes = _read_processes(nvml, handle)
     hidden = None
     if memory is not None and processes is not None:

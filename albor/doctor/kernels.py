@@ -14,7 +14,7 @@ from pathlib import Path
 import albor
 from albor.doctor.checks import Check, Gain, Section
 from albor.doctor.storage import existing, file_system, is_network
-from albor.memory.devices import format_bytes
+from albor.units import format_bytes
 
 
 def examine(has_gpu: bool, capability: tuple[int, int] | None, root: Path = Path("/")) -> Section:

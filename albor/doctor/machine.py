@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from albor.doctor.checks import Check, Gain, Section, read
-from albor.memory import devices
-from albor.memory.devices import GIB, KIB, format_bytes
+from albor.memory.host import has_bf16_instructions, host_capacity
+from albor.units import GIB, KIB, format_bytes
 
 _FEW_CORES = 4  # to sum gradients with, beside the thread that feeds the GPU
 # The pstate drivers of Intel and AMD scale by themselves; there "powersave" is the default, and not slow.
@@ -91,10 +91,10 @@ def examine(system: System, cores: Cores, has_gpu: bool, root: Path = Path("/"))
     model = _field(cpuinfo, "model name") or platform.processor() or platform.machine()
     flags = (_field(cpuinfo, "flags") or "").split()
     vectors = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    bf16 = devices.has_bf16_instructions(root / "proc/cpuinfo")
+    bf16 = has_bf16_instructions(root / "proc/cpuinfo")
     sizes = re.findall(r"^(\w+):\s+(\d+) kB", read(root / "proc/meminfo"), re.MULTILINE)
     memory = {name: int(size) * KIB for name, size in sizes}
-    available = devices.host_capacity(root / "proc", root / "sys/fs/cgroup")
+    available = host_capacity(root / "proc", root / "sys/fs/cgroup")
     scaling = read_scaling(root)
     locked = re.search(r"^Max locked memory\s+(\S+)", read(root / "proc/self/limits"), re.MULTILINE)
     facts = {

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from albor.doctor.checks import Check, Gain, Section, read
-from albor.memory.devices import GIB, format_bytes
+from albor.units import GIB, format_bytes
 
 _NETWORK = (
     "9p", "afs", "beegfs", "ceph", "cifs", "fuse.", "glusterfs", "gpfs", "lustre", "nfs", "smb", "virtiofs",

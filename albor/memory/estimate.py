@@ -13,20 +13,12 @@ from albor.architecture import Architecture
 from albor.config import RunConfig
 from albor.errors import ConfigError, DoesNotFit, Problem
 from albor.memory.attention import choose_attention
-from albor.memory.devices import (
-    CUDA_PROCESS_BYTES,
-    Device,
-    Hardware,
-    compute_dtype,
-    falls_back,
-    find_gpu,
-    format_bytes,
-    outside,
-    resolve_accumulator,
-    this_machine,
-)
+from albor.memory.cards import Device, Hardware, find_gpu
+from albor.memory.devices import compute_dtype, falls_back, resolve_accumulator, this_machine
+from albor.memory.outside import CUDA_PROCESS_BYTES, outside
 from albor.memory.plan import MemoryPlan, plan_training
 from albor.memory.suggest import Suggestion, apply, nearest_fits
+from albor.units import format_bytes
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from rich.text import Text
 
 from albor.config import RunConfig
 from albor.errors import DoesNotFit
-from albor.memory.devices import ESTIMATED, format_bytes
 from albor.memory.estimate import Estimate
 from albor.memory.estimate import estimate as estimate_run
+from albor.memory.outside import ESTIMATED
 from albor.memory.plan import peak_buffers
+from albor.units import format_bytes
 
 _BAR_WIDTH = 28
 _VERDICT_STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}

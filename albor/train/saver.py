@@ -22,12 +22,12 @@ from albor import checkpoint
 from albor.checkpoint import Retention
 from albor.config import RunConfig
 from albor.errors import AlborError, CheckpointError, DiskFault
-from albor.memory.devices import format_bytes
 from albor.train.display import Display
 from albor.train.metrics import MetricsLog
 from albor.train.session import Session, checkpoint_bytes, checkpoint_tensors
 from albor.train.signals import StopRequest
 from albor.train.snapshot import Snapshot
+from albor.units import format_bytes
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts; each is twice the one before
 _GLANCE = 0.05  # seconds until a pause notices that a signal has come

@@ -1,0 +1,208 @@
+"""The cards of this machine, asked through NVML: no CUDA context, and nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, TypeVar
+
+from albor.memory.cards import Gpu, Hardware, matching_gpus
+from albor.units import format_bytes
+
+T = TypeVar("T")
+
+
+def installed_gpu() -> Hardware | None:
+    """What a CUDA program that starts now would get, by NVML; None without a card or its driver.
+
+    The capacity is what is free. Where it cannot be told which of several devices CUDA would take, a number
+    is given only if it is the same for all of them.
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        found = [_ask(pynvml, device) for device in device_zero(pynvml)]
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    if not found:
+        return None
+    name = " or ".join(dict.fromkeys(gpu.name for gpu, _ in found))
+    free = _common(free for _, free in found)
+    total = _common(gpu.usable_bytes for gpu, _ in found)
+    capability = _common(gpu.compute_capability for gpu, _ in found)
+    peak = _common(gpu.bf16_peak_flops for gpu, _ in found)
+    if free is not None:
+        memory = f"{format_bytes(free)} free" + ("" if total is None else f" of {format_bytes(total)}")
+    elif len(found) > 1:
+        memory = "memory unknown: CUDA chooses; set CUDA_VISIBLE_DEVICES to a UUID from `nvidia-smi -L`"
+    else:
+        memory = "memory unknown to the driver"
+    gpu = None if capability is None else Gpu(name, total, capability, peak, "NVML")
+    return Hardware("cuda", f"{name}, {memory}", gpu, free)
+
+
+def _common(values: Iterable[T]) -> T | None:
+    """What all `values` are; None where they differ."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else None
+
+
+def _ask(pynvml: Any, device: CudaDevice) -> tuple[Gpu, int | None]:
+    """What NVML says of `device`, and its free bytes."""
+    name = pynvml.nvmlDeviceGetName(device.handle)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device.card)
+    known = matching_gpus(name) if device.slot is None else []  # an instance has a part of the card's peak
+    memory = read_memory(pynvml, device.handle)
+    usable = None if memory is None else memory.total - (memory.reserved or 0)
+    peak = known[0].bf16_peak_flops if known else None
+    return Gpu(name, usable, (major, minor), peak, "NVML"), None if memory is None else memory.free
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """What CUDA can enumerate: a card, or an instance of a card in MIG mode, as handles of NVML."""
+
+    index: int  # NVML's, of the card
+    card: Any
+    slot: int | None = None  # NVML's, of the instance; None: it is the whole card
+    instance: Any = None
+
+    @property
+    def handle(self) -> Any:
+        """What to ask for name, UUID and memory."""
+        return self.card if self.slot is None else self.instance
+
+
+def device_zero(pynvml: Any) -> list[CudaDevice]:
+    """What CUDA's first device is in a program that starts now: none, one, or several that it may be.
+
+    NVML heeds neither CUDA_VISIBLE_DEVICES nor CUDA_DEVICE_ORDER. What CUDA documents of them (programming
+    guide, "CUDA Environment Variables"; MIG user guide, "CUDA Device Enumeration"):
+
+    - An index counts in the order of the bus, which is NVML's, with CUDA_DEVICE_ORDER=PCI_BUS_ID. Else the
+      fastest card is first, by a measure that is not documented: where names differ, it may be any card.
+    - A UUID may be cut short as long as one card has it. Entries after one that names nothing are ignored.
+    - Where CUDA sees an instance it sees that one alone, and no whole card. Which instance, and what an index
+      counts where a card is in MIG mode, is not documented: it may be any.
+
+    Raises pynvml.NVMLError where a card does not say its name or UUID.
+    """
+    by_card = [_enumerated(pynvml, index, card) for index, card in installed_cards(pynvml).items()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return _instances(by_card) or _at(pynvml, 0, by_card)
+    entries = [entry.strip() for entry in visible.split(",")]
+    if len(set(entries)) < len(entries):  # CUDA refuses a list that names a card twice
+        return []
+    meant = list(takewhile(bool, (_named(pynvml, entry, by_card) for entry in entries)))
+    sliced = [devices for devices in meant if _instances([devices])]
+    return next(iter(sliced or meant), [])
+
+
+def installed_cards(pynvml: Any) -> dict[int, Any | None]:
+    """The handles of the cards by NVML's index; None: the card does not answer.
+
+    Cards that a control group keeps from this process are left out: CUDA does not see them either.
+    """
+    found: dict[int, Any | None] = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        try:
+            found[index] = pynvml.nvmlDeviceGetHandleByIndex(index)
+        except pynvml.NVMLError as error:
+            if error.value != pynvml.NVML_ERROR_NO_PERMISSION:
+                found[index] = None
+    return found
+
+
+def mig_instances(pynvml: Any, card: Any) -> dict[int, Any] | None:
+    """The handles of the instances of a card in MIG mode, by NVML's slot; None for a card in another mode."""
+    try:
+        now, _after_reset = pynvml.nvmlDeviceGetMigMode(card)
+        slots = pynvml.nvmlDeviceGetMaxMigDeviceCount(card) if now else 0
+    except pynvml.NVMLError:  # a card that cannot be sliced
+        return None
+    found = {}
+    for slot in range(slots):
+        with suppress(pynvml.NVMLError):  # nothing is in this slot
+            found[slot] = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(card, slot)
+    return found if now else None
+
+
+def _enumerated(pynvml: Any, index: int, card: Any | None) -> list[CudaDevice]:
+    """What CUDA can see of a card."""
+    if card is None:
+        return []
+    instances = mig_instances(pynvml, card)
+    if instances is None:
+        return [CudaDevice(index, card)]
+    return [CudaDevice(index, card, slot, instance) for slot, instance in instances.items()]
+
+
+def _instances(by_card: list[list[CudaDevice]]) -> list[CudaDevice]:
+    return [device for devices in by_card for device in devices if device.slot is not None]
+
+
+def _at(pynvml: Any, index: int, by_card: list[list[CudaDevice]]) -> list[CudaDevice]:
+    """What an index may mean."""
+    everything = [device for devices in by_card for device in devices]
+    if index >= len(by_card):
+        return []
+    alike = len({pynvml.nvmlDeviceGetName(device.card) for device in everything}) == 1
+    in_order = alike or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    all_whole = len(everything) == len(by_card) and not _instances(by_card)
+    return by_card[index] if in_order and all_whole else everything
+
+
+def _named(pynvml: Any, entry: str, by_card: list[list[CudaDevice]]) -> list[CudaDevice]:
+    """What an entry of CUDA_VISIBLE_DEVICES may mean: an index, GPU-UUID, MIG-UUID or MIG-GPU-UUID/1/0."""
+    if index := re.match(r"\d+", entry):
+        return _at(pynvml, int(index[0]), by_card)
+
+    def matches(handle: Any, uuid: str) -> bool:
+        return str(pynvml.nvmlDeviceGetUUID(handle)).startswith(uuid)
+
+    if entry.startswith("GPU-"):
+        found = [devices for devices in by_card if devices and matches(devices[0].card, entry)]
+        return found[0] if len(found) == 1 else []
+    if not entry.startswith("MIG-"):
+        return []
+    instances = _instances(by_card)
+    if ids := re.fullmatch(r"MIG-(GPU-[^/]+)/(\d+)/(\d+)", entry):  # of the GPU and the compute instance
+        instances = [
+            device
+            for device in instances
+            if matches(device.card, ids[1])
+            and pynvml.nvmlDeviceGetGpuInstanceId(device.instance) == int(ids[2])
+            and pynvml.nvmlDeviceGetComputeInstanceId(device.instance) == int(ids[3])
+        ]
+    else:
+        instances = [device for device in instances if matches(device.instance, entry)]
+    return instances if len(instances) == 1 else []
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a card, or of an instance of one."""
+
+    total: int
+    reserved: int | None  # by the driver, which says so since version 510
+    free: int
+
+
+def read_memory(pynvml: Any, handle: Any) -> DeviceMemory | None:
+    """The memory of a card or an instance by its handle; None for a GPU that shares the host's."""
+    for version in (pynvml.nvmlMemory_v2, None):  # the first version does not know what is reserved
+        with suppress(pynvml.NVMLError):
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=version)
+            return DeviceMemory(memory.total, getattr(memory, "reserved", None), memory.free)
+    return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from albor.memory.cards import Gpu
 from albor.memory.plan import MemoryPlan
 from albor.units import GIB, MIB
@@ -28,19 +31,39 @@ _CUBLAS_BYTES, _CUBLAS_BYTES_90 = 8_519_680, 32 * MIB
 _SMALL_POOL_BYTES = 2 * MIB  # one segment holds all tensors of up to 1 MiB: the loss, the norm
 
 
+@dataclass(frozen=True)
+class Item:
+    """One thing beside the arena, in bytes, and how its size is known."""
+
+    name: str
+    bytes: int
+    basis: Literal["computed", "measured", "estimate"]
+    source: str
+
+
 def outside(plan: MemoryPlan, gpu: Gpu | None = None) -> dict[str, int]:
     """Bytes that a device needs beside the arena, by item; for an unknown `gpu`, the most it can be."""
+    return {item.name: item.bytes for item in outside_items(plan, gpu)}
+
+
+def outside_items(plan: MemoryPlan, gpu: Gpu | None = None) -> tuple[Item, ...]:
+    """The same with their sources."""
+    taken = tuple(
+        Item(name, size, "estimate" if "(estimate)" in name else "computed", "albor.memory.attention_bytes")
+        for name, size in plan.temporaries.items()
+    )
     if plan.device == "cpu":
-        return {PROCESS: _PROCESS_BYTES, **plan.temporaries}
+        return (Item(PROCESS, _PROCESS_BYTES, "estimate", "a quickstart run, torch 2.13 for the CPU"), *taken)
     cublas = _CUBLAS_BYTES_90 if gpu is None or gpu.compute_capability >= (9, 0) else _CUBLAS_BYTES
     pooled = (plan.size("device"), cublas, *plan.temporaries.values())
-    return {
-        CUDA_CONTEXT: _CUDA_CONTEXT_BYTES,
-        LOADED_KERNELS: _LOADED_KERNELS_BYTES,
-        "cuBLAS workspace": cublas,
-        **plan.temporaries,
-        "allocator rounding": sum(_segment(size) - size for size in pooled) + _SMALL_POOL_BYTES,
-    }
+    rounding = sum(_segment(size) - size for size in pooled) + _SMALL_POOL_BYTES
+    return (
+        Item(CUDA_CONTEXT, _CUDA_CONTEXT_BYTES, "estimate", "unsloth-zoo#1053, pytorch#107667, #109888"),
+        Item(LOADED_KERNELS, _LOADED_KERNELS_BYTES, "estimate", "llmq's README run, less cuDNN and NCCL"),
+        Item("cuBLAS workspace", cublas, "computed", "PyTorch's CublasHandlePool.cpp"),
+        *taken,
+        Item("allocator rounding", rounding, "computed", "PyTorch's CUDACachingAllocator.cpp"),
+    )
 
 
 def _segment(size: int) -> int:

@@ -31,10 +31,6 @@ from albor.bench import report as reporting
 from albor.bench import run as running
 from albor.bench.cases import SHAPES, STANDARD, Case, case_of, find_case
 from albor.bench.command import find_card, find_cases, find_peers
-from albor.bench.floor import (
-    floor,
-    step_work,
-)
 from albor.bench.goals import GOALS, Goal
 from albor.bench.launch import _outcome, environment
 from albor.bench.machine import Watch, code_digest, facts
@@ -48,6 +44,10 @@ from albor.bench.run import run_benchmark
 from albor.bench.workload import Spec, Tokens, parts, read_weights, write_tokens, write_weights
 from albor.cli import app
 from albor.errors import ConfigError
+from albor.floor import (
+    floor,
+    step_work,
+)
 
 ROOT = Path(__file__).parents[1]
 STEPS = 11  # one more than what lies between two looks at the loss

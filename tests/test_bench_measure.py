@@ -21,7 +21,12 @@ from albor.bench import recorder as recording
 from albor.bench.calibrate import calibrate, operations
 from albor.bench.cases import STANDARD, case_of, find_case
 from albor.bench.command import find_card, model_cases
-from albor.bench.floor import (
+from albor.bench.protocol import CALIBRATE_AGAIN
+from albor.bench.recorder import Recorder
+from albor.bench.report import case_floor
+from albor.bench.run import sdpa_choice
+from albor.bench.sdpa import SDPA, preferring
+from albor.floor import (
     CARDS,
     Attention,
     Calibration,
@@ -31,11 +36,6 @@ from albor.bench.floor import (
     floor,
     step_work,
 )
-from albor.bench.protocol import CALIBRATE_AGAIN
-from albor.bench.recorder import Recorder
-from albor.bench.report import case_floor
-from albor.bench.run import sdpa_choice
-from albor.bench.sdpa import SDPA, preferring
 
 STEPS = 11
 

@@ -20,7 +20,7 @@ ROWS = (
         "__init__", "errors", "units", "seeds", "progress", "faults", "strictjson", "alerts", "spikes",
         "kernels",
     ),
-    ("yamlcore", "config", "configfile", "architecture"),
+    ("yamlcore", "config", "configfile", "architecture", "floor"),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
         "memory.cards", "memory.nvml", "memory.host", "memory.outside", "memory.devices", "memory.suggest",
@@ -59,7 +59,8 @@ STRANGERS = (
 )
 
 WITHOUT_TORCH = (
-    "errors", "units", "faults", "alerts", "spikes", "config", "configfile", "architecture", "memory.packing",
+    "errors", "units", "faults", "alerts", "spikes", "config", "configfile", "architecture", "floor",
+    "memory.packing",
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
     "memory.host", "memory.outside", "memory.devices",
     "memory.suggest", "memory.estimate", "memory.report", "doctor.report", "cli",

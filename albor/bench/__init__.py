@@ -2,5 +2,5 @@
 
 `cases` says what is trained, `workload` writes the weights and tokens that all systems start from, `peers`
 are the systems, each run in a process of its own (`peer`), `calibrate` times the operations that a step is
-made of and `floor` adds them up, `run` keeps the order of it all, and `report` writes what came out.
+made of and `albor.floor` adds them up, `run` keeps the order of it all, and `report` writes what came out.
 """

@@ -20,10 +20,10 @@ import torch
 from torch.nn import functional as F
 
 from albor.bench.cases import Case
-from albor.bench.floor import Attention, Calibration, Gemm, Operation, Traffic, step_work
 from albor.bench.protocol import CALIBRATE_AGAIN, OWN
 from albor.bench.sdpa import SDPA, only
 from albor.config import RunConfig
+from albor.floor import Attention, Calibration, Gemm, Operation, Traffic, step_work
 from albor.memory.arena import Arena
 from albor.memory.plan import head_chunk_tokens, plan_training
 from albor.ops import make_ops

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from albor.bench.cases import STANDARD, Case, case_of, find_case
-from albor.bench.floor import CARDS, Card, floor, step_work
 from albor.bench.peers import DEFAULT, PEERS
 from albor.bench.protocol import Options
 from albor.configfile import load_config
 from albor.errors import ConfigError, Problem
+from albor.floor import CARDS, Card, floor, step_work
 from albor.memory.devices import compute_dtype, this_machine
 from albor.memory.plan import head_chunk_tokens
 

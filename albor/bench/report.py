@@ -10,12 +10,12 @@ import statistics
 from typing import Any
 
 from albor.bench.cases import Case
-from albor.bench.floor import Attention, Calibration, Floor, Gemm, NotCalibrated, Work, floor, step_work
 from albor.bench.goals import GOALS
 from albor.bench.peers import PEERS
 from albor.bench.protocol import OWN, PROFILED, REFERENCE, Options, Run
 from albor.bench.records import Found
 from albor.errors import ConfigError
+from albor.floor import Attention, Calibration, Floor, Gemm, NotCalibrated, Work, floor, step_work
 from albor.memory.cards import find_gpu
 from albor.memory.plan import head_chunk_tokens
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from albor.bench.cases import Case
-from albor.bench.floor import SDPA_BACKENDS, Attention, Calibration
 from albor.bench.launch import environment, launch
 from albor.bench.machine import facts
 from albor.bench.page import render_markdown
@@ -34,6 +33,7 @@ from albor.bench.protocol import (
 )
 from albor.bench.records import Records, replace_text
 from albor.bench.report import build_report, case_floor
+from albor.floor import SDPA_BACKENDS, Attention, Calibration
 
 
 def run_benchmark(options: Options, say: Callable[[str], None]) -> dict[str, Any]:

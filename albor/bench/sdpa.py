@@ -1,4 +1,4 @@
-"""The backends of scaled_dot_product_attention, under the names that `albor.bench.floor` has for them."""
+"""The backends of scaled_dot_product_attention, under the names that `albor.floor` has for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from albor.bench.floor import SDPA_BACKENDS
+from albor.floor import SDPA_BACKENDS
 
 _BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 SDPA = dict(zip(SDPA_BACKENDS, _BACKENDS, strict=True))

@@ -39,6 +39,7 @@ class Item:
     bytes: int
     basis: Literal["computed", "measured", "estimate"]
     source: str
+    pooled: bool = False  # PyTorch's allocator takes it: `torch.cuda.memory_reserved` counts it
 
 
 def outside(plan: MemoryPlan, gpu: Gpu | None = None) -> dict[str, int]:
@@ -49,7 +50,7 @@ def outside(plan: MemoryPlan, gpu: Gpu | None = None) -> dict[str, int]:
 def outside_items(plan: MemoryPlan, gpu: Gpu | None = None) -> tuple[Item, ...]:
     """The same with their sources."""
     taken = tuple(
-        Item(name, size, "estimate" if "(estimate)" in name else "computed", "albor.memory.attention_bytes")
+        Item(name, size, "estimate" if "(estimate)" in name else "computed", "the plan", plan.device == "cuda")
         for name, size in plan.temporaries.items()
     )
     if plan.device == "cpu":
@@ -60,9 +61,9 @@ def outside_items(plan: MemoryPlan, gpu: Gpu | None = None) -> tuple[Item, ...]:
     return (
         Item(CUDA_CONTEXT, _CUDA_CONTEXT_BYTES, "estimate", "unsloth-zoo#1053, pytorch#107667, #109888"),
         Item(LOADED_KERNELS, _LOADED_KERNELS_BYTES, "estimate", "llmq's README run, less cuDNN and NCCL"),
-        Item("cuBLAS workspace", cublas, "computed", "PyTorch's CublasHandlePool.cpp"),
+        Item("cuBLAS workspace", cublas, "computed", "PyTorch's CublasHandlePool.cpp", True),
         *taken,
-        Item("allocator rounding", rounding, "computed", "PyTorch's CUDACachingAllocator.cpp"),
+        Item("allocator rounding", rounding, "computed", "PyTorch's CUDACachingAllocator.cpp", True),
     )
 
 

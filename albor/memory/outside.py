@@ -49,15 +49,16 @@ def outside(plan: MemoryPlan, gpu: Gpu | None = None) -> dict[str, int]:
 
 def outside_items(plan: MemoryPlan, gpu: Gpu | None = None) -> tuple[Item, ...]:
     """The same with their sources."""
+    pooled = plan.device == "cuda"
     taken = tuple(
-        Item(name, size, "estimate" if "(estimate)" in name else "computed", "the plan", plan.device == "cuda")
+        Item(name, size, "estimate" if "(estimate)" in name else "computed", "the plan", pooled)
         for name, size in plan.temporaries.items()
     )
     if plan.device == "cpu":
         return (Item(PROCESS, _PROCESS_BYTES, "estimate", "a quickstart run, torch 2.13 for the CPU"), *taken)
     cublas = _CUBLAS_BYTES_90 if gpu is None or gpu.compute_capability >= (9, 0) else _CUBLAS_BYTES
-    pooled = (plan.size("device"), cublas, *plan.temporaries.values())
-    rounding = sum(_segment(size) - size for size in pooled) + _SMALL_POOL_BYTES
+    segments = (plan.size("device"), cublas, *plan.temporaries.values())
+    rounding = sum(_segment(size) - size for size in segments) + _SMALL_POOL_BYTES
     return (
         Item(CUDA_CONTEXT, _CUDA_CONTEXT_BYTES, "estimate", "unsloth-zoo#1053, pytorch#107667, #109888"),
         Item(LOADED_KERNELS, _LOADED_KERNELS_BYTES, "estimate", "llmq's README run, less cuDNN and NCCL"),

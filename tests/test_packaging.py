@@ -38,7 +38,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "albor").rglob("*.py")}
     kernels = {f"albor/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.py")}
-    assert modules | kernels | {"albor/config.schema.json", "albor/kernels/probe.py"} <= names
+    data = {
+        str(path.relative_to(ROOT)) for kind in ("*.json", "*.csv") for path in (ROOT / "albor").rglob(kind)
+    }
+    assert modules | kernels | data | {"albor/kernels/probe.py"} <= names
     top_level = {name.partition("/")[0].partition("-")[0] for name in names}
     assert top_level == {"albor"}, "something else would be installed beside it"
     assert any(name.endswith("/LICENSE") for name in names)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from albor.errors import ConfigError, Problem
@@ -15,59 +17,68 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """One model of card. `usable_bytes` is what CUDA programs can have, which is less than what is sold."""
+    """One model of card. `usable_bytes` is what CUDA programs can have, which is less than what is sold.
+
+    None: not known, or not the same for all cards of that name.
+    """
 
     name: str
-    usable_bytes: int | None  # None: the driver does not say
+    usable_bytes: int | None
     compute_capability: tuple[int, int]
-    bf16_peak_flops: float | None  # per second, dense, summed in fp32; None: unknown, or the card has no bf16
+    bf16_peak_flops: float | None  # per second, dense, summed in fp32; None also where the card has no bf16
     source: str  # of usable_bytes
+    bandwidth: float | None = None  # bytes per second of its memory, as sold
+    multiprocessors: int | None = None
+    board_watts: int | None = None  # the power limit that the card is sold with
 
 
-def _seen(name: str, gib: float, capability: tuple[int, int], peak: float | None, where: str) -> Gpu:
-    """A row from PyTorch's "total capacity of ... GiB", which is rounded to two decimals, up perhaps."""
-    return Gpu(name, int((gib - 0.005) * GIB), capability, peak, f"{gib} GiB in {where}")
-
-
-def _derived(name: str, total_mib: int, capability: tuple[int, int], peak: float | None) -> Gpu:
-    """A row from nvidia-smi's total. From that the driver keeps 250 to 630 MiB on the cards below for which
-    both numbers are known; from a card of 80 GB or more, 1 GiB is taken off.
+def _reserve_mib(total_mib: int) -> int:
+    """What the driver keeps of nvidia-smi's total: 250 to 630 MiB of the cards below for which both numbers
+    are known; of a card of 80 GB or more, 1 GiB is taken off.
     """
-    reserve = 640 if total_mib < 64 * KIB else 1024
-    source = f"derived: nvidia-smi {total_mib} MiB less {reserve}"
-    return Gpu(name, (total_mib - reserve) * MIB, capability, peak, source)
+    return 640 if total_mib < 64 * KIB else 1024
+
+
+def _read_row(row: dict[str, str]) -> Gpu:
+    total, usable, source = int(row["nvidia_smi_mib"]), row["usable"], row["source"]
+    if usable:  # PyTorch's "total capacity of ... GiB", rounded to two decimals, up perhaps
+        usable_bytes, source = (
+            int((float(usable.removesuffix(" GiB")) - 0.005) * GIB),
+            f"{usable} in {source}",
+        )
+    else:
+        reserve = _reserve_mib(total)
+        usable_bytes, source = (total - reserve) * MIB, f"derived: nvidia-smi {total} MiB less {reserve}"
+    major, minor = row["capability"].split(".")
+
+    def number(column: str, unit: float) -> float | None:
+        return float(row[column]) * unit if row[column] else None
+
+    return Gpu(
+        row["name"],
+        usable_bytes,
+        (int(major), int(minor)),
+        number("bf16_tflops", 1e12),
+        source,
+        bandwidth=number("gb_per_s", 1e9),
+        multiprocessors=int(row["multiprocessors"]) if row["multiprocessors"] else None,
+        board_watts=int(row["board_watts"]) if row["board_watts"] else None,
+    )
+
+
+TABLE = Path(__file__).with_name("cards.csv")
+
+
+def _read_table() -> tuple[Gpu, ...]:
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return tuple(map(_read_row, csv.DictReader(file)))
 
 
 # Usable bytes are the least that was found reported (GitHub issues): the same card moves by 170 MiB with its
-# driver, and by 3 GiB with ECC. Peaks are from NVIDIA's architecture whitepapers and data sheets, without
-# sparsity; GeForce cards sum in fp32 at half the rate at which they sum in fp16.
-GPUS = (
-    _seen("RTX 3060", 11.75, (8, 6), 25.5e12, "Kunhao-Liu/StyleGaussian#12"),
-    _seen("RTX 3080", 9.78, (8, 6), 59.5e12, "zai-org/CogVideo#34"),
-    _seen("RTX 3090", 23.56, (8, 6), 71e12, "noonghunna/club-3090#58"),
-    _derived("RTX 4060 Ti 8GB", 8188, (8, 9), 44.1e12),
-    _seen("RTX 4060 Ti 16GB", 15.55, (8, 9), 44.1e12, "boson-ai/higgs-audio#48"),
-    _seen("RTX 4070 Ti", 11.73, (8, 9), 80.2e12, "OpenLMLab/LOMO#17"),
-    _derived("RTX 4070 Ti Super", 16376, (8, 9), 88.2e12),
-    _derived("RTX 4080", 16376, (8, 9), 97.5e12),
-    _seen("RTX 4090", 23.52, (8, 9), 165.2e12, "Soul-AILab/SoulX-FlashTalk#5"),
-    _derived("RTX 5070 Ti", 16303, (12, 0), 87.9e12),
-    _derived("RTX 5080", 16303, (12, 0), 112.6e12),
-    _seen("RTX 5090", 31.36, (12, 0), 209.5e12, "TrajectoryCrafter/TrajectoryCrafter#20"),
-    _derived("RTX A6000", 49140, (8, 6), 154.8e12),
-    _seen("RTX 6000 Ada", 44.43, (8, 9), 364.2e12, "DINGYANB/MTVCrafter#21, with ECC"),
-    _seen("T4", 14.56, (7, 5), None, "Zheng-Chong/CatVTON#133"),
-    _seen("L4", 22.03, (8, 9), 121e12, "ArcInstitute/evo2#190"),
-    _seen("A10", 21.99, (8, 6), 125e12, "zai-org/CogVLM#236"),
-    _seen("L40", 44.40, (8, 9), 181e12, "QwenLM/Qwen3-VL#2097"),
-    _derived("L40S", 46068, (8, 9), 362e12),
-    _seen("A100 40GB", 39.39, (8, 0), 312e12, "PyTorch out-of-memory messages, 39.39 to 39.50 by host"),
-    _derived("A100 80GB", 81920, (8, 0), 312e12),
-    _derived("H100 PCIe", 81559, (9, 0), 756e12),
-    _seen("H100", 79.11, (9, 0), 989.4e12, "vllm-project/vllm#27508"),
-    _derived("H200", 143771, (9, 0), 989.4e12),
-    _derived("B200", 183359, (10, 0), 2250e12),
-)
+# driver, and by 3 GiB with ECC. Peaks, bandwidths, multiprocessors and board power are from NVIDIA's
+# architecture whitepapers and data sheets, without sparsity; GeForce cards sum in fp32 at half the rate at
+# which they sum in fp16.
+GPUS = _read_table()
 
 _NOISE = re.compile(r"nvidia|geforce|tesla|quadro|rtx|generation|sxm\d?|hbm\d?e?|[^a-z0-9]")
 _MEMORY = re.compile(r"(?<!\d)(\d{1,3})\s*gi?b\b|(?<=[\s-])(\d{1,3})$")

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, TypeVar
 
@@ -39,15 +39,17 @@ def installed_gpu() -> Hardware | None:
     name = " or ".join(dict.fromkeys(gpu.name for gpu, _ in found))
     free = _common(free for _, free in found)
     total = _common(gpu.usable_bytes for gpu, _ in found)
+    kind = _common(replace(gpu, usable_bytes=None) for gpu, _ in found)
     capability = _common(gpu.compute_capability for gpu, _ in found)
-    peak = _common(gpu.bf16_peak_flops for gpu, _ in found)
     if free is not None:
         memory = f"{format_bytes(free)} free" + ("" if total is None else f" of {format_bytes(total)}")
     elif len(found) > 1:
         memory = "memory unknown: CUDA chooses; set CUDA_VISIBLE_DEVICES to a UUID from `nvidia-smi -L`"
     else:
         memory = "memory unknown to the driver"
-    gpu = None if capability is None else Gpu(name, total, capability, peak, "NVML")
+    gpu = None if capability is None else Gpu(name, total, capability, None, "NVML")
+    if kind is not None:
+        gpu = replace(kind, usable_bytes=total)
     return Hardware("cuda", f"{name}, {memory}", gpu, free)
 
 
@@ -61,11 +63,15 @@ def _ask(pynvml: Any, device: CudaDevice) -> tuple[Gpu, int | None]:
     """What NVML says of `device`, and its free bytes."""
     name = pynvml.nvmlDeviceGetName(device.handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device.card)
-    known = matching_gpus(name) if device.slot is None else []  # an instance has a part of the card's peak
     memory = read_memory(pynvml, device.handle)
     usable = None if memory is None else memory.total - (memory.reserved or 0)
-    peak = known[0].bf16_peak_flops if known else None
-    return Gpu(name, usable, (major, minor), peak, "NVML"), None if memory is None else memory.free
+    gpu = Gpu(name, usable, (major, minor), None, "NVML")
+    known = matching_gpus(name) if device.slot is None else []  # an instance has a part of the card's speed
+    if known:
+        gpu = replace(
+            known[0], name=name, usable_bytes=usable, compute_capability=(major, minor), source="NVML"
+        )
+    return gpu, None if memory is None else memory.free
 
 
 @dataclass(frozen=True)

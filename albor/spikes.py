@@ -19,26 +19,30 @@ from albor.strictjson import from_json, read_bounded
 SPIKES = "spikes"  # where a run directory keeps them
 FORMAT = 1
 
-_FILE_NAME = re.compile(r"step-([0-9]{8,})\.json")
+_FILE_NAME = re.compile(r"step-([0-9]{8,})(?:-rollback-([0-9]+))?\.json")
 _SHOWN_CHARACTERS = 600  # of a sequence's text; --json has all
 _REMEDY = "give a run directory, such as runs/my-run"
 
 Spike = dict[str, Any]
 
 
-def spike_name(step: int) -> str:
-    """The file's name for `step`."""
-    return f"step-{step:08d}.json"
+def spike_name(step: int, rollbacks: int = 0) -> str:
+    """The file's name for `step`, which after a rollback comes again, with another batch."""
+    return f"step-{step:08d}" + (f"-rollback-{rollbacks}" if rollbacks else "") + ".json"
 
 
-def find_spikes(run: Path) -> dict[int, Path]:
-    """The files of a run by step. Raises ConfigError where `run` is no run's directory."""
+def find_spikes(run: Path) -> list[tuple[int, Path]]:
+    """The files of a run with their steps, in the order of steps and rollbacks.
+
+    Raises ConfigError where `run` is no run's directory.
+    """
     if not run.is_dir():
         raise ConfigError([Problem("RUN", f"{run} is no directory", _REMEDY, "command line")])
     if not (run / "config.resolved.yaml").exists() and not (run / SPIKES).is_dir():
         raise ConfigError([Problem("RUN", f"{run} is no run's directory", _REMEDY, "command line")])
-    found = ((_FILE_NAME.fullmatch(path.name), path) for path in (run / SPIKES).glob("step-*.json"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    matches = ((_FILE_NAME.fullmatch(path.name), path) for path in (run / SPIKES).glob("step-*.json"))
+    found = sorted((int(match[1]), int(match[2] or 0), path) for match, path in matches if match)
+    return [(step, path) for step, _, path in found]
 
 
 def read_spike(path: Path) -> Spike:
@@ -59,15 +63,23 @@ def inspect_spikes(run: Path, step: int | None, *, as_json: bool) -> Iterator[st
     """The lines of `albor inspect-spike`. Raises ConfigError for a run or a step that is not there."""
     found = find_spikes(run)
     if step is not None:
-        if step not in found:
-            there = f"there are {', '.join(map(str, found))}" if found else f"{run} has none"
+        of_step = [path for number, path in found if number == step]
+        if not of_step:
+            steps = dict.fromkeys(str(number) for number, _ in found)
+            there = f"there are {', '.join(steps)}" if found else f"{run} has none"
             problem = Problem("--step", f"nothing is kept of step {step}; {there}", "", "command line")
             raise ConfigError([problem])
-        spike = read_spike(found[step])
-        yield from [json.dumps(spike)] if as_json else spike_lines(spike)
+        *earlier, last = map(read_spike, of_step)
+        if as_json:
+            yield json.dumps({**last, "before_rollbacks": earlier})
+            return
+        for spike in (*earlier, last):
+            yield from spike_lines(spike)
+            if spike is not last:
+                yield ""
         return
     spikes, unreadable = [], []
-    for path in found.values():
+    for _, path in found:
         try:
             spikes.append(read_spike(path))
         except AlborError as error:

@@ -135,6 +135,23 @@ def test_a_file_of_another_size_is_named(shards, name, change, verify):
         TokenStream.open(shards, verify)
 
 
+def test_a_vector_that_ends_while_it_is_read_is_named(shards, monkeypatch):
+    """Its size was right a moment ago. A mapped file would end the process by a signal instead."""
+    header = shards_module._header_bytes
+    found = shards / "documents.npy"
+    content = found.read_bytes()
+
+    def cut(path, *rest):
+        start = header(path, *rest)
+        if path == found:
+            found.write_bytes(content[:-8])
+        return start
+
+    monkeypatch.setattr(shards_module, "_header_bytes", cut)
+    with pytest.raises(DataError, match="it ends after"):
+        TokenStream.open(shards)
+
+
 @pytest.mark.parametrize("name", ["tokens-00001.npy", "documents.npy"])
 def test_a_missing_file_is_named(shards, name):
     (shards / name).unlink()

@@ -29,6 +29,7 @@ from albor.configfile import load_config
 from albor.memory.estimate import plan_for_training
 from albor.train import run, saver
 from albor.train.session import checkpoint_bytes
+from albor.train.time_limit import TimeLimit
 
 RUN = Path("runs/tiny")
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -140,6 +141,18 @@ def test_a_signal_ends_the_pause(config: Path, monkeypatch: pytest.MonkeyPatch):
         assert (result.code, time.monotonic() - began < 20) == (code, True)
         assert says in result.err
         assert checkpoints(Path(f"runs/run{code}"))[-1] == (8 if times == 1 else 4)
+
+
+def test_the_end_of_the_time_ends_the_pause(config: Path, monkeypatch: pytest.MonkeyPatch):
+    """The scheduler kills who is still waiting: the last attempt comes while there is time for it."""
+    monkeypatch.setattr(saver, "_FIRST_PAUSE", 50.0)
+    monkeypatch.setattr(TimeLimit, "is_near", lambda self: False)
+    monkeypatch.setattr(TimeLimit, "set", lambda self, *_: setattr(self, "seconds", 0.5))
+    with disk_fault("save.begin", errno.ENOSPC, times=100) as failed:
+        began = time.monotonic()
+        result = call("train", config)
+    assert (result.code, len(failed), time.monotonic() - began < 20) == (1, 2, True)
+    assert "attempts: 2" in result.err
 
 
 def signal_when(condition: Callable[[], Any]) -> None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import re
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import make_config
 from run_cases import bits, call, checkpoints, events, tree
 from test_config_effects import EFFECTS, Effect, keys
 
+from albor import checkpoint
+from albor.checkpoint import checkpoint_name
 from albor.configfile import load_config
 from albor.errors import ConfigError
-from albor.train import resume_policy
+from albor.memory.attention import AttentionChoice
+from albor.memory.plan import plan_training
+from albor.train import resume_policy, session
 from albor.train.resume_policy import POLICIES, Policy, changes_on_resume, policy_of
 from albor.train.step import Trainer
 
@@ -175,6 +181,37 @@ def test_without_a_change_nothing_is_said(config: Path):
     result = call("train", config)
     assert (result.code, events(RUN, "config_changed")) == (0, [])
     assert "another configuration" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "refused"),
+    [
+        ("flash", "triton", True),
+        ("triton", "flash", True),
+        ("flash", "flash", False),
+        ("torch", "triton", False),  # from a CPU to a GPU, which device allows
+        ("flash", "torch", False),
+        (None, "flash", False),  # by an albor that did not write it down
+    ],
+)
+def test_what_auto_attention_comes_to_may_not_change(
+    saved: str | None, now: Any, refused: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Its table changes with albor's version; bits would change with it."""
+    plan = plan_training(make_config(), "cuda", "bfloat16", attention=AttentionChoice(now, "as measured"))
+    state = {"compute_dtype": "bfloat16"} | ({} if saved is None else {"attention": saved})
+    monkeypatch.setattr(checkpoint, "read_state", lambda _: state)
+    with pytest.raises(ConfigError) if refused else nullcontext() as caught:
+        session._check_arithmetic(Path("step-1"), plan)
+    if caught is not None:
+        [problem] = caught.value.problems
+        assert problem.key == "train.attention"
+        assert f"train.attention={saved} goes on" in problem.remedy
+
+
+def test_a_checkpoint_says_what_computed_attention(config: Path):
+    stop_after(STEP, config)
+    assert checkpoint.read_state(RUN / "checkpoints" / checkpoint_name(STEP))["attention"] == "torch"
 
 
 def test_a_refusal_says_why_and_touches_nothing(config: Path):

@@ -73,14 +73,15 @@ def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path.cwd() / RUN
 
 
-def read(run: Path, step: int) -> dict[str, Any]:
-    return json.loads((run / "spikes" / spikes.spike_name(step)).read_text())
+def read(run: Path, step: int, rollbacks: int = 0) -> dict[str, Any]:
+    return json.loads((run / "spikes" / spikes.spike_name(step, rollbacks)).read_text())
 
 
 def test_each_step_that_is_not_good_has_a_file_and_no_other(run: Path):
-    kept = {int(path.stem.removeprefix("step-")) for path in (run / "spikes").iterdir()}
-    assert kept == {6, 11, 12, 13, 14, 20}
-    actions = {step: (read(run, step)["verdict"], read(run, step)["action"]) for step in kept}
+    names = [spikes.spike_name(step) for step in (6, 11, 12, 13, 14)]
+    assert {path.name for path in (run / "spikes").iterdir()} == {*names, "step-00000020-rollback-1.json"}
+    kept = {path.name: json.loads(path.read_text()) for path in (run / "spikes").iterdir()}
+    actions = {spike["step"]: (spike["verdict"], spike["action"]) for spike in kept.values()}
     assert actions[6] == ("non-finite", "skipped")
     assert actions[14] == ("non-finite", "rolled back to step 8")
     assert actions[20] == ("spike", "clipped")
@@ -124,7 +125,7 @@ def test_the_batch_is_the_one_that_was_read(run: Path, config: Path, monkeypatch
 
 
 def test_the_numbers_are_those_of_the_step(run: Path):
-    spike, clipped = read(run, 6), read(run, 20)
+    spike, clipped = read(run, 6), read(run, 20, rollbacks=1)
     assert (spike["grad_norm"], spike["gradient_norms"]["embedding"]) == ("inf", "inf")
     assert spike["gradient_norms"]["block_01/mlp"] > 0
     assert (spike["window"]["steps"], spike["skipped_before"], spike["rollbacks"]) == (5, [], 0)
@@ -241,7 +242,7 @@ def test_json_is_one_object_and_nothing_else(run: Path):
     listed = json.loads(result.out)
     assert [spike["step"] for spike in listed["spikes"]] == [6, 11, 12, 13, 14, 20]
     assert "sequences" not in listed["spikes"][0]
-    assert json.loads(call("inspect-spike", run, "--step", 12, "--json").out) == read(run, 12)
+    assert json.loads(call("inspect-spike", run, "--step", 12, "--json").out) == {**read(run, 12), "before_rollbacks": []}
     assert result.err == ""
 
 
@@ -312,6 +313,21 @@ def test_neither_is_one_whose_content_was_edited(change: dict[str, Any], run: Pa
     path.write_text(json.dumps(read(run, 6) | change))
     with pytest.raises(AlborError, match="not what a run writes"):
         spikes.read_spike(path)
+
+
+def test_a_step_that_comes_again_after_a_rollback_keeps_both_files(config: Path):
+    """Steps 11 to 14 go back to 8; the same numbers then come with other samples, which are bad too."""
+    with bad_samples(samples_of(6, *range(11, 15), 17), poison_loss):
+        assert train(config).code == 0
+    assert [event["step"] for event in events(RUN, "rollback")] == [8]
+    first, again = read(RUN, 11), read(RUN, 11, rollbacks=1)
+    assert first["samples"] != again["samples"]
+    out = call("inspect-spike", RUN, "--step", 11).out
+    assert [f"samples {spike['samples'][0]} to" in out for spike in (first, again)] == [True, True]
+    shown = json.loads(call("inspect-spike", RUN, "--step", 11, "--json").out)
+    assert shown == {**again, "before_rollbacks": [first]}
+    listed = json.loads(call("inspect-spike", RUN, "--json").out)["spikes"]
+    assert [spike["rollbacks"] for spike in listed if spike["step"] == 11] == [0, 1]
 
 
 def test_a_text_cannot_drive_the_terminal(run: Path):

@@ -186,7 +186,7 @@ class TokenStream:
             for entry in manifest["shards"]
         )
         documents_path = directory / _DOCUMENTS
-        offsets = _map(documents_path, np.dtype(np.int64), manifest["documents"] + 1)
+        offsets = _read_vector(documents_path, np.dtype(np.int64), manifest["documents"] + 1)
         if verify == "hash":
             _verify_hash(documents_path, manifest["documents_sha256"])
             for shard in shards:
@@ -320,11 +320,18 @@ def _header_bytes(path: Path, dtype: np.dtype[Any], length: int) -> int:
     return start
 
 
-def _map(path: Path, dtype: np.dtype[Any], length: int) -> np.ndarray:
-    """The vector in a `.npy` file, mapped, if the file holds exactly that."""
+def _read_vector(path: Path, dtype: np.dtype[Any], length: int) -> np.ndarray:
+    """The vector in a `.npy` file, if the file holds exactly that. Not mapped: a page of a mapped file that
+    the disk does not give any more ends the process by a signal.
+    """
     start = _header_bytes(path, dtype, length)
-    # A plain view: slicing a memmap object costs several times as much.
-    return np.asarray(np.memmap(path, dtype, "r", start, (length,)))
+    try:
+        values = np.fromfile(path, dtype, length, offset=start)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; {_MEND}") from error
+    if len(values) != length:
+        raise DataError(f"{path} is damaged (it ends after {len(values)} of {length} values); {_REMEDY}")
+    return values
 
 
 def _verify_hash(path: Path, sha256: str) -> None:

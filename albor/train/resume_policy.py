@@ -107,7 +107,9 @@ POLICIES: dict[str, Policy] = {
     "train.gradient_accumulation_steps": _ROUNDING,
     "train.precision": _ROUNDING,
     "train.accumulator": _MEMORY,
-    "train.attention": _ROUNDING,
+    "train.attention": _allowed(
+        "what it comes to may not change: the checkpoint says what computed attention, and another is refused"
+    ),
     "train.deterministic": _ROUNDING,
     "train.recompute": _MEMORY,
     "train.head_chunk_tokens": _ROUNDING,

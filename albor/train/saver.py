@@ -30,7 +30,7 @@ from albor.train.snapshot import Snapshot
 from albor.units import format_bytes
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts; each is twice the one before
-_GLANCE = 0.05  # seconds until a pause notices that a signal has come
+_GLANCE = 0.05  # seconds until a pause notices that a signal has come, or that time is up
 _SMALL_FILES = 2 * 2**20  # bytes of a checkpoint beside its tensors: tokenizer, manifest, configuration
 
 
@@ -155,7 +155,9 @@ class Saver:
             )
 
     def _try_to_write(self, save: _Save) -> Path:
-        """Attempts and pauses. A signal that comes in a pause ends it: one more attempt, and no other."""
+        """Attempts and pauses. A signal that comes in a pause, or the end of train.max_hours, cuts it short:
+        one more attempt, and no other.
+        """
         tensors, retries = checkpoint_tensors(self.session.trainer), self.session.config.checkpoint.retries
         for attempt in range(retries):
             try:
@@ -176,10 +178,10 @@ class Saver:
             raise DiskFault(problem) from error
 
     def _pause(self, seconds: float) -> bool:
-        """Waits; False: a signal has cut it short."""
+        """Waits; False: a signal or the time limit has cut it short."""
         asked, until = self.stop.reason, time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if self.stop.reason != asked:
+            if self.stop.reason != asked or self.stop.limit.is_last_call():
                 return False
             time.sleep(min(left, _GLANCE))
         return True

@@ -111,6 +111,7 @@ class Session:
             **self.state.as_json(),
             "tokens": self.tokens,
             "compute_dtype": self.trainer.arena.plan.compute_dtype,
+            "attention": self.trainer.arena.plan.attention.backend,
             "loader": self.loader.state(),
             "data_sha256": self.data.sha256,
             "best_validation_loss": self.best_validation_loss,
@@ -232,6 +233,8 @@ def open_session(
     """Allocates the plan, and fills it from the first of the checkpoints `sources` that is intact; without
     any, with initial weights.
     """
+    if sources:
+        _check_arithmetic(sources[0], plan)
     arena = Arena(plan, device)
     trainer = Trainer(config, arena, data.tokenizer.end_of_document_id)
     weights = [s.weight for s in config.data.sources]
@@ -256,7 +259,6 @@ def open_session(
         loader = Loader(*loader_arguments, state=position)
         return Session(config, data, loader, trainer, state, source, best)
 
-    _check_dtype(sources[0], plan)
     return _first_intact(sources, fill, warn)
 
 
@@ -310,11 +312,19 @@ def is_finite(arena: Arena) -> bool:
     return all(math.isfinite(ops.norm(arena[name])) for name in STATE_BUFFERS if name in arena)
 
 
-def _check_dtype(source: Path, plan: MemoryPlan) -> None:
-    computed = checkpoint.read_state(source).get("compute_dtype")
+def _check_arithmetic(source: Path, plan: MemoryPlan) -> None:
+    """What the machine or albor's table of attention decides may not round the rest of a run otherwise."""
+    saved = checkpoint.read_state(source)
+    computed = saved.get("compute_dtype")
     if computed != plan.compute_dtype:
         problem = (
             f"{source} was computed in {computed}, and this machine computes the run in {plan.compute_dtype}"
         )
         remedy = "go on where it began, or give a new run another name"
         raise ConfigError([Problem("train.precision", problem, remedy)])
+    attention, chosen = saved.get("attention"), plan.attention
+    # A checkpoint from a CPU has the CPU's attention: going on elsewhere is allowed (resume_policy, device).
+    if attention not in (None, "torch", chosen.backend) and chosen.backend != "torch":
+        problem = f"{source} was computed with {attention} attention, and here it would be {chosen}"
+        remedy = f"train.attention={attention} goes on as it began"
+        raise ConfigError([Problem("train.attention", problem, remedy)])

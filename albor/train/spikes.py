@@ -1,4 +1,5 @@
-"""What is kept of a step that was skipped or clipped: `spikes/step-00000123.json` in the run directory.
+"""What is kept of a step that was skipped or clipped: `spikes/step-00000123.json` in the run directory
+(`step-00000123-rollback-1.json` where the step came again after a rollback).
 
 The batch is found again from the loader's position before the step, so a step that is good costs nothing.
 `albor inspect-spike` shows these files.
@@ -72,7 +73,7 @@ def write_spike(directory: Path, spike: Mapping[str, Any], keep: int) -> Path:
     make_directory(spikes)
     for litter in spikes.glob(".*.tmp-*"):  # of a process that died; nobody else writes here
         litter.unlink()
-    path = spikes / spike_name(spike["step"])
+    path = spikes / spike_name(spike["step"], spike["rollbacks"])
     replace_file(path, to_json(dict(spike)))
     # By age: after a rollback the newest may have a lower step than those before it.
     others = sorted((p for p in spikes.glob("step-*.json") if p != path), key=_age)

@@ -51,6 +51,12 @@ class TimeLimit:
         """Whether the run has to save and stop now."""
         return self.seconds is not None and self._clock() - self._started >= self.seconds - self.margin
 
+    def is_last_call(self) -> bool:
+        """Whether what is left is hardly enough for one save."""
+        return (
+            self.seconds is not None and self._clock() - self._started >= self.seconds - self._longest_save
+        )
+
     @contextmanager
     def step(self) -> Iterator[None]:
         """Times a step."""

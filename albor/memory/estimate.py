@@ -15,7 +15,7 @@ from albor.errors import ConfigError, DoesNotFit, Problem
 from albor.memory.attention import choose_attention
 from albor.memory.cards import Device, Hardware, find_gpu
 from albor.memory.devices import compute_dtype, falls_back, resolve_accumulator, this_machine
-from albor.memory.outside import CUDA_PROCESS_BYTES, outside
+from albor.memory.outside import CUDA_PROCESS_BYTES, Item, outside_items
 from albor.memory.plan import MemoryPlan, plan_training
 from albor.memory.suggest import Suggestion, apply, nearest_fits
 from albor.units import format_bytes
@@ -78,7 +78,12 @@ class Estimate:
     @cached_property
     def outside(self) -> dict[str, int]:
         """What the device needs beside the arena, by item."""
-        return outside(self.plan, self.hardware.gpu)
+        return {item.name: item.bytes for item in self.outside_items}
+
+    @cached_property
+    def outside_items(self) -> tuple[Item, ...]:
+        """The same with where each number is from."""
+        return outside_items(self.plan, self.hardware.gpu)
 
     @property
     def required_bytes(self) -> int:

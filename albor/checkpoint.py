@@ -266,11 +266,7 @@ def verify(path: Path, *, tensors: bool = True) -> Manifest:
             if hashed and _sha256(path / name) != expected.sha256:
                 raise _differs(path / name)
         for name, specs in manifest.tensors.items():
-            try:
-                found = tensor_specs(path / name)
-            except CheckpointError as error:
-                raise DamagedCheckpoint(str(error)) from error
-            if found != specs:
+            if tensor_specs(path / name) != specs:
                 raise DamagedCheckpoint(f"{path / name}: holds other tensors than {MANIFEST} lists")
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: cannot be read as a checkpoint: {error}") from error
@@ -295,8 +291,8 @@ def load(
     rounded to the given tensors' dtypes.
 
     Every byte of a tensor is read once: what is hashed is what the tensor gets. Raises `DamagedCheckpoint`
-    when they then turn out to be other than what was saved, and the tensors hold what must not be used; for
-    anything else that is wrong `CheckpointError`, without a tensor changed.
+    when they then turn out to be other than what was saved, or the disk does not give them, and the tensors
+    hold what must not be used; for anything else that is wrong `CheckpointError`, without a tensor changed.
     """
     wanted = {stem + _TENSOR_SUFFIX: tensors for stem, tensors in tensor_files.items()}
     manifest = verify(path, tensors=False)

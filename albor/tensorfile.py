@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from albor.errors import CheckpointError
+from albor.errors import CheckpointError, DamagedCheckpoint
 from albor.strictjson import LARGEST, from_json
 
 _DTYPE_NAMES = {
@@ -114,7 +114,7 @@ def _chunks(data: memoryview) -> Iterator[memoryview]:
 
 
 def tensor_specs(path: Path) -> dict[str, TensorSpec]:
-    """Every tensor that the file at `path` says it holds. Raises `CheckpointError` if it cannot be read."""
+    """Every tensor that the file at `path` says it holds. Raises `DamagedCheckpoint` if it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
             return _read_header(path, file).tensors
@@ -129,8 +129,9 @@ def read_tensors_into(
     read.
 
     Names, shapes and dtypes must match exactly; with `convert`, values are rounded to the tensors' dtypes.
-    Otherwise nothing is filled and `CheckpointError` lists every difference. The tensors are contiguous; one
-    that is in the host's memory and keeps the file's dtype is read to where it lies.
+    Otherwise nothing is filled and `CheckpointError` lists every difference. Raises `DamagedCheckpoint` where
+    the file makes no sense or the disk does not give it; the tensors may then hold part of it. They are
+    contiguous; one that is in the host's memory and keeps the file's dtype is read to where it lies.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -245,5 +246,5 @@ def _read_exactly(path: Path, file: IO[bytes], target: memoryview) -> None:
         done += count
 
 
-def _unreadable(path: Path, reason: object) -> CheckpointError:
-    return CheckpointError(f"{path}: not a readable safetensors file: {reason}")
+def _unreadable(path: Path, reason: object) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{path}: not a readable safetensors file: {reason}")

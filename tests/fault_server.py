@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 import torch
 from mutations import MUTATIONS
 
-from albor import cli, faults
+from albor import cli, faults, tensorfile
 from albor.data.loader import Loader
 from albor.memory import devices
 from albor.train.step import Accumulated, Batch, Trainer, TrainState
@@ -40,6 +40,7 @@ CONSUMED = "consumed.txt"  # in the command's directory: step, micro-batch, SHA-
 REACHED = "reached.txt"  # with TRACE set: the points that were reached, one a line, with their steps
 TRACE = "FAULT_TRACE"
 POISONED = "FAULT_POISONED"  # samples of the run, as `first-last`: a step that reads one has a loss of NaN
+FAIL_TENSORS = "FAULT_TENSORS"  # the end of a tensor file's path: the disk gives its header and no more
 FAIL_READS = "FAULT_READS"  # the name of a file: once it is there, os.pread fails as on a disk that is going
 
 
@@ -100,6 +101,8 @@ def _run(request: dict[str, Any]) -> int:
             _poison(range(first, last + 1))
         if os.environ.get(FAIL_READS):
             _fail_reads(Path(os.environ[FAIL_READS]))
+        if os.environ.get(FAIL_TENSORS):
+            _fail_tensors(os.environ[FAIL_TENSORS])
         if request["mutation"]:
             MUTATIONS[request["mutation"]].apply()
         cli.main()
@@ -173,6 +176,17 @@ def _fail_reads(marker: Path) -> None:
         return read(file, size, offset)
 
     os.pread = failing
+
+
+def _fail_tensors(end: str) -> None:
+    read = tensorfile._store
+
+    def failing(path: Path, *arguments: Any) -> Iterator[memoryview]:
+        if str(path).endswith(end):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path, *arguments)
+
+    tensorfile._store = failing
 
 
 if __name__ == "__main__":

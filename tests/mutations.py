@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from albor import checkpoint
+from albor import checkpoint, tensorfile
 from albor.data.cache import Cache
 from albor.data.loader import Loader
+from albor.errors import CheckpointError
 from albor.train import loop, run, session, signals, step
 from albor.train.guard import GuardState
 from albor.train.loop import Loop
@@ -141,6 +142,11 @@ def _() -> None:
         ]
 
     checkpoint.read_tensors_into = unread
+
+
+@without("what the disk does not give is damage", "6 an unreadable file")
+def _() -> None:
+    tensorfile._unreadable = lambda path, reason: CheckpointError(str(reason))  # type: ignore[assignment]
 
 
 @without("an older checkpoint goes when a newer one is whole", "3 kill second file")

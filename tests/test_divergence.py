@@ -24,7 +24,7 @@ from checkpoint_cases import exit_code_of, fork, save_step
 from helpers import make_batches, make_config, make_trainer
 from run_cases import bits, call, checkpoints, events, rows, tree, write_project
 
-from albor import checkpoint, faults
+from albor import checkpoint, faults, tensorfile
 from albor.checkpoint import checkpoint_name, find_latest
 from albor.config import DivergenceConfig
 from albor.data.loader import Loader
@@ -35,6 +35,7 @@ from albor.train.guard import GuardState, Verdict, judge, must_roll_back, spread
 from albor.train.loop import Loop
 from albor.train.step import Trainer, TrainState
 
+Patch = pytest.MonkeyPatch
 RUN = Path("runs/tiny")
 PER_STEP = 3  # samples
 STEPS = 24
@@ -564,6 +565,22 @@ def test_an_older_checkpoint_is_gone_back_to_where_the_newest_is_not_good(config
     assert checkpoints(RUN)[-1] == 13, "what was refused is not removed"
 
 
+def test_a_rollback_passes_over_a_checkpoint_that_the_disk_does_not_give(config: Path, monkeypatch: Patch):
+    lost, read = f"{checkpoint_name(8)}/weights.safetensors", tensorfile._store
+
+    def failing(path: Path, *arguments: Any) -> Iterator[memoryview]:
+        if str(path).endswith(lost):
+            raise OSError(5, "Input/output error")
+        return read(path, *arguments)
+
+    monkeypatch.setattr(tensorfile, "_store", failing)
+    with bad_samples(WINDOW, poison_loss):
+        result = train(config)
+    assert result.code == 0, result.err
+    assert f"{lost}: not a readable safetensors file: [Errno 5] Input/output error" in result.out
+    assert events(RUN, "rollback")[0]["checkpoint"].endswith(checkpoint_name(4))
+
+
 def test_a_rollback_at_the_last_step_goes_on_to_the_end(config: Path):
     with bad_samples(samples_of(*range(20, 25)), poison_loss):
         result = train(config)
@@ -647,7 +664,6 @@ def test_the_search_for_a_loss_scale_is_no_skip():
 
 # Without each guard in turn, the row that rests on it fails
 
-Patch = pytest.MonkeyPatch
 Row = Callable[[Path, dict[str, Any]], Any]
 
 

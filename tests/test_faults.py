@@ -42,7 +42,7 @@ from fault_cases import (
     run_of,
     write_project,
 )
-from fault_server import FAIL_READS
+from fault_server import FAIL_READS, FAIL_TENSORS
 from helpers import END_OF_DOCUMENT, forward_backward, gradients_of, make_batches, make_config, make_trainer
 from mutations import MUTATIONS
 from run_cases import ENVIRONMENT, events, tree
@@ -276,6 +276,19 @@ def damaged(bench: Bench, mutation: str, name: str) -> None:
     assert outcome(directory) == bench.expected["plain"]
 
 
+def unreadable(bench: Bench, mutation: str, name: str) -> None:
+    """A file of the newest checkpoint that the disk does not give: the one before is taken."""
+    directory = bench.fresh()
+    reach(bench.train(directory, fault="step.begin:15:kill").code == KILLED, "not killed")
+    lost = f"{checkpoint_name(12)}/{name}"
+    result = bench.train(directory, mutation=mutation, environment={FAIL_TENSORS: lost})
+    assert result.code == 0, result.err
+    assert f"{lost}: not a readable safetensors file" in result.out
+    assert "Input/output error" in result.out
+    assert "going on from step 6" in result.out
+    assert outcome(directory) == bench.expected["plain"]
+
+
 # Row 25: logs
 
 
@@ -335,6 +348,7 @@ CASES: dict[str, Case] = {
     # 6
     "6 a flipped bit": make_case(damaged, "weights.safetensors"),
     "6 an edited state": make_case(damaged, "state.json"),
+    "6 an unreadable file": make_case(unreadable, "optimizer.safetensors"),
     # 7
     "7 claimed": make_case(claimed),
     # 8

@@ -349,13 +349,23 @@ def test_a_damaged_checkpoint_is_passed_over_visibly(config: Path, whole: dict[s
 
 
 def test_without_an_intact_checkpoint_nothing_starts_over(config: Path):
+    """Whichever of its files is damaged, and whenever that is found."""
     stop_in(3, config)
-    (RUN / "checkpoints" / checkpoint_name(3) / "state.json").unlink()
-    before = tree(RUN)
-    result = call("train", config)
-    assert result.code == 1
-    assert result.err.endswith(f"state.json: missing; to start again, remove {RUN / 'checkpoints'}\n")
-    assert tree(RUN) == before
+    saved = RUN / "checkpoints" / checkpoint_name(3)
+    for name, says in (
+        ("weights.safetensors", "content differs from what was saved (SHA-256)"),
+        ("state.json", "missing"),
+    ):
+        content = (saved / name).read_bytes()
+        (saved / name).unlink()
+        if name == "weights.safetensors":
+            (saved / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        before = tree(RUN / "checkpoints")
+        result = call("train", config)
+        assert result.code == 1
+        assert result.err.endswith(f"{name}: {says}; to start again, remove {RUN / 'checkpoints'}\n")
+        assert tree(RUN / "checkpoints") == before
+        (saved / name).write_bytes(content)
 
 
 def test_how_it_is_computed_may_change_on_the_way(config: Path, whole: dict[str, Any]):

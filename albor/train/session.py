@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -176,12 +177,8 @@ def find_checkpoints(config: RunConfig, resume: str, warn: Callable[[str], None]
         changes_since(config, path)
         return path
 
-    try:
+    with _remedy(own, sources):
         first = _first_intact(sources, check, warn)
-    except CheckpointError as error:
-        if resume != "auto":
-            raise
-        raise CheckpointError(f"{error}; to start again, remove {own}") from error
     return sources[sources.index(first) :]
 
 
@@ -190,6 +187,17 @@ def _first_intact(sources: Sequence[Path], use: Callable[[Path], T], warn: Calla
         warn(f"passed over a damaged checkpoint: {reason}")
 
     return checkpoint.first_intact(sources, use, skipped)
+
+
+@contextmanager
+def _remedy(own: Path, sources: Sequence[Path]) -> Iterator[None]:
+    """Adds to a CheckpointError what is left where the run's `own` checkpoints were all that it could use."""
+    try:
+        yield
+    except CheckpointError as error:
+        if sources[0].parent.resolve() != own.resolve():
+            raise
+        raise CheckpointError(f"{error}; to start again, remove {own}") from error
 
 
 def _named_checkpoints(own: Path, resume: str) -> list[Path]:
@@ -259,7 +267,8 @@ def open_session(
         loader = Loader(*loader_arguments, state=position)
         return Session(config, data, loader, trainer, state, source, best)
 
-    return _first_intact(sources, fill, warn)
+    with _remedy(run_directory(config) / checkpoint.CHECKPOINTS, sources):
+        return _first_intact(sources, fill, warn)
 
 
 def _explain_other_data(config: RunConfig, source: Path, data: PreparedData) -> str:

@@ -305,6 +305,12 @@ class EvaluateConfig(Section):
         500, description="Steps between evaluations; the last step is always evaluated."
     )
     batches: Count = Field(64, description="Micro-batches of held-out text per evaluation, at most.")
+    micro_batch_size: Count | None = Field(
+        None,
+        description="Sequences that an evaluation runs at a time; null: train.micro_batch_size. It changes "
+        "memory and speed, but not which text is evaluated: batches and final_batches count micro-batches of "
+        "train.micro_batch_size.",
+    )
     prompts: tuple[str, ...] = Field(
         (),
         strict=False,

@@ -145,6 +145,7 @@ EFFECTS = [
     Effect("divergence.keep_spikes", "divergence.keep_spikes=1", "batches", DIVERGES),
     Effect("evaluate.every_steps", "evaluate.every_steps=2", "evaluations samples"),
     Effect("evaluate.batches", "evaluate.batches=1", "validation"),
+    Effect("evaluate.micro_batch_size", "evaluate.micro_batch_size=3", "plan"),
     Effect("evaluate.prompts", 'evaluate.prompts=["a"]', "samples"),
     Effect("evaluate.final_batches", "evaluate.final_batches=1", "final"),
     Effect("evaluate.sample_tokens", "evaluate.sample_tokens=3", "samples"),

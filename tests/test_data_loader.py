@@ -158,7 +158,7 @@ def test_a_batch_takes_less_than_a_millisecond(make_stream):
 
 @pytest.mark.parametrize("length", [2, T, T + 1, T + 2, 4 * T + 1, 100, 101])
 def test_validation_covers_every_target_once(make_stream, length):
-    batches = list(validation_batches(make_stream(length), T, 4, batches=1000))
+    batches = list(validation_batches(make_stream(length), T, sequences=1000, batch_size=4))
     seen = np.concatenate([targets[targets >= 0] for _, targets in batches])
     assert sorted(seen) == list(range(1, length))
     for tokens, targets in batches:
@@ -170,7 +170,7 @@ def test_validation_covers_every_target_once(make_stream, length):
 
 def test_validation_that_is_bounded_is_spread_evenly_and_always_the_same(make_stream):
     stream = make_stream(T * 1000 + 5)
-    first, second = (list(validation_batches(stream, T, 4, batches=5)) for _ in range(2))
+    first, second = (list(validation_batches(stream, T, sequences=20, batch_size=4)) for _ in range(2))
     assert len(first) == 5
     for (tokens, targets), (again, targets_again) in zip(first, second, strict=True):
         np.testing.assert_array_equal(tokens, again)
@@ -181,5 +181,20 @@ def test_validation_that_is_bounded_is_spread_evenly_and_always_the_same(make_st
     assert set(np.diff(starts)) <= {T * 50, T * 51}
 
 
+@pytest.mark.parametrize("sequences", [1, 7, 20, 1000])
+def test_validation_reads_the_same_text_in_batches_of_any_size(make_stream, sequences):
+    stream = make_stream(T * 50 + 5)
+
+    def windows(batch_size):
+        batches = list(validation_batches(stream, T, sequences, batch_size))
+        assert all(tokens.shape == (batch_size, T) for tokens, _ in batches)
+        rows = [row for batch in batches for row in zip(*batch, strict=True)]
+        return [(tokens.tolist(), targets.tolist()) for tokens, targets in rows if (targets >= 0).any()]
+
+    assert len(windows(1)) == min(sequences, 51)
+    for batch_size in (2, 3, 8, 64):
+        assert windows(batch_size) == windows(1)
+
+
 def test_validation_of_nothing(make_stream):
-    assert list(validation_batches(make_stream(1), T, 4, batches=5)) == []
+    assert list(validation_batches(make_stream(1), T, sequences=5, batch_size=4)) == []

@@ -44,7 +44,7 @@ def make_config(shape: dict[str, object], prompts: tuple[str, ...] = ()) -> RunC
 def make_model(shape: dict[str, object], dtype: str = "float64") -> Transformer:
     config = make_config(shape)
     architecture = Architecture.from_config(config.model)
-    arena = Arena(plan_inference(config, "cpu", dtype), poison=True)
+    arena = Arena(plan_inference(config, "cpu", dtype, config.train.micro_batch_size), poison=True)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in named_tensors(arena["weights"], architecture).items():
         mean = 1.0 if name.endswith("norm") else 0.0

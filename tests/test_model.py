@@ -192,9 +192,10 @@ def test_a_lifetime_that_is_too_short_shows_in_the_gradient(buffer: str):
     config = make_config()
     good = plan.plan_training(config, "cpu", "float64")
     offset = next(b.offset for b in good.buffers if b.name == "head.logits")
-    moved = tuple(replace(b, offset=offset) if b.name == buffer else b for b in good.buffers)
+    wrong = replace(good)
+    vars(wrong)["buffers"] = tuple(replace(b, offset=offset) if b.name == buffer else b for b in good.buffers)
     norms = []
-    for candidate in (good, replace(good, buffers=moved)):
+    for candidate in (good, wrong):
         trainer = trainer_over(config, candidate)
         forward_backward(trainer, make_batches(config))
         norms.append(gradient_norm(trainer))

@@ -151,21 +151,22 @@ class Loader:
 
 
 def validation_batches(
-    stream: TokenStream, sequence_length: int, micro_batch_size: int, batches: int
+    stream: TokenStream, sequence_length: int, sequences: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """At most `batches` pairs of (B, T) int64 arrays (tokens, targets), the same ones at every call.
+    """At most so many `sequences`, as pairs of (B, T) int64 arrays (tokens, targets) with B = `batch_size`;
+    the same ones at every call, whatever the batch.
 
     Where they are enough, every token but the first is a target once, the tail included; where they are not,
     the windows are spread evenly over the stream. Rows and positions beyond the text have target -1, so that
     shapes never change.
     """
     windows = -(-max(0, len(stream) - 1) // sequence_length)
-    taken = min(windows, batches * micro_batch_size)
+    taken = min(windows, sequences)
     chosen = [i * windows // taken for i in range(taken)]
-    for first in range(0, taken, micro_batch_size):
-        tokens = np.zeros((micro_batch_size, sequence_length), dtype=np.int64)
-        targets = np.full((micro_batch_size, sequence_length), IGNORED_TARGET, dtype=np.int64)
-        for row, window in enumerate(chosen[first : first + micro_batch_size]):
+    for first in range(0, taken, batch_size):
+        tokens = np.zeros((batch_size, sequence_length), dtype=np.int64)
+        targets = np.full((batch_size, sequence_length), IGNORED_TARGET, dtype=np.int64)
+        for row, window in enumerate(chosen[first : first + batch_size]):
             start = window * sequence_length
             text = stream.read(start, min(sequence_length + 1, len(stream) - start))
             tokens[row, : len(text) - 1] = text[:-1]

@@ -45,12 +45,16 @@ def validate(
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     token_bytes: np.ndarray,
 ) -> Validation:
-    """Runs the model over (tokens, targets) batches of (B, T) each, which have at least one target.
+    """Runs the model over (tokens, targets) batches, (B, T) each as planned, with at least one target.
 
     token_bytes (V,) are the UTF-8 bytes that each token stands for. Works in the plan's evaluation buffers.
     """
     arena = model.arena
-    tokens_buffer, targets_buffer, losses = arena["io.tokens"], arena["io.targets"], arena["io.losses"]
+    assert model.evaluation is not None, "the plan has no phase for evaluation"
+    rows = model.evaluation.input.shape[0]
+    tokens_buffer, targets_buffer, losses = (
+        arena[f"io.{name}"][:rows] for name in ("tokens", "targets", "losses")
+    )
     total, target_tokens, text_bytes = 0.0, 0, 0
     for tokens, targets in batches:
         target_tokens += batch_input.load(tokens, targets, train=False)

@@ -31,18 +31,19 @@ class Loaded(NamedTuple):
     arena: Arena
 
 
-def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "auto") -> Loaded:
+def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "auto", batch: int = 0) -> Loaded:
     """The newest checkpoint of the run at `path`, its best one (`path/best`), or the checkpoint `path`
     itself; what is read is verified.
 
     It need not have been trained on this machine: `auto` is CUDA if there is a GPU, and weights are rounded
-    where another dtype is computed in here. Raises CheckpointError where there is no intact checkpoint.
+    where another dtype is computed in here. There is memory to write in, and to evaluate `batch` sequences at
+    a time. Raises CheckpointError where there is no intact checkpoint.
     """
     place: Literal["cuda", "cpu"] = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return checkpoint.first_intact(checkpoint.candidates(path), lambda found: _load(found, place))
+    return checkpoint.first_intact(checkpoint.candidates(path), lambda found: _load(found, place, batch))
 
 
-def _load(directory: Path, place: Literal["cuda", "cpu"]) -> Loaded:
+def _load(directory: Path, place: Literal["cuda", "cpu"], batch: int) -> Loaded:
     checkpoint.verify(directory, tensors=False)
     config = load_config(directory / _CONFIG)
     tokenizer = Tokenizer.load(directory / _TOKENIZER)
@@ -54,7 +55,7 @@ def _load(directory: Path, place: Literal["cuda", "cpu"]) -> Loaded:
     # The CPU has no fp16 arithmetic worth the name, but may well write with what was trained in it.
     precision = "fp32" if place == "cpu" and config.train.precision == "fp16" else config.train.precision
     architecture = Architecture.from_config(config.model)
-    arena = Arena(plan_inference(config, place, compute_dtype(precision, place)), place)
+    arena = Arena(plan_inference(config, place, compute_dtype(precision, place), batch), place)
     weights = named_tensors(arena["weights"], architecture)
     checkpoint.load(directory, {_WEIGHTS: weights}, partial=True, convert=True)
     return Loaded(config, Transformer(architecture, arena, config.data.sequence_length), tokenizer, arena)

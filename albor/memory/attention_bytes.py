@@ -47,24 +47,35 @@ class _Shape:
         return [] if self.heads == self.kv_heads else [self.queries, self.queries]
 
 
-def temporaries(choice: AttentionChoice, model: Architecture, batch: int, length: int) -> dict[str, int]:
+def temporaries(
+    choice: AttentionChoice,
+    model: Architecture,
+    batch: int,
+    length: int,
+    evaluation_batch: int | None = None,
+) -> dict[str, int]:
     """Bytes of device memory by origin, for sequences (batch, length); nothing for albor's own kernels.
 
     Three pools: the first step runs as it is, and what it took stays with its stream; later ones are graphs,
-    with a pool of their own; and an evaluation runs on the default stream, forward only.
+    with a pool of their own; and an evaluation, (evaluation_batch, length), by default as large as a
+    micro-batch, runs on the default stream, forward only.
     """
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    shape = _Shape(batch, length, heads, kv_heads, model.head_dim)
+    shape, evaluated = (
+        _Shape(sequences, length, heads, kv_heads, model.head_dim)
+        for sequences in (batch, evaluation_batch or batch)
+    )
     if choice.backend == "flash":
         forward, backward = _flash_forward(shape), _flash_backward(shape, choice.deterministic)
+        evaluation = _flash_forward(evaluated)
         names = ("flash attention", "flash attention, graphs")
     elif choice.backend == "cudnn":  # no source has all of its workspace
-        forward, backward = _results(shape), _cudnn_backward(shape)
+        forward, backward, evaluation = _results(shape), _cudnn_backward(shape), _results(evaluated)
         names = ("cuDNN attention (estimate)", "cuDNN attention, graphs (estimate)")
     else:
         return {}
     step = pool_bytes([*forward, *backward])
-    return dict(zip(names, (step + pool_bytes(forward), step), strict=True))
+    return dict(zip(names, (step + pool_bytes(evaluation), step), strict=True))
 
 
 def _results(shape: _Shape) -> list[int]:

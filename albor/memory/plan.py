@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -24,7 +24,7 @@ from albor.architecture import Architecture, block_name, round_up
 from albor.config import RunConfig
 from albor.memory import attention_bytes
 from albor.memory.attention import AttentionChoice, choose_attention
-from albor.memory.packing import pack
+from albor.memory.packing import Lifetime, live_sizes, pack
 
 Place = Literal["device", "pinned", "host"]
 Group = Literal["weights", "master", "moments", "gradients", "activations", "scratch", "logits", "io"]
@@ -110,11 +110,46 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Row:
+    """Buffers that are alike but for their names and lifetimes, such as one for each block."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    place: Place
+    group: Group
+    lifetimes: tuple[Lifetime, ...]  # of each name
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of one of them in the arena, with alignment."""
+        return round_up(math.prod(self.shape) * DTYPE_BYTES[self.dtype], ALIGNMENT_BYTES)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The buffers of one place and one lifetime, which lie side by side."""
+
+    offset: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """One past its last byte."""
+        return self.offset + self.size
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """Buffers with offsets. Equal configurations give equal buffers, on every machine."""
+    """Buffers with offsets. Equal configurations give equal buffers, on every machine.
+
+    It is kept as rows and slabs, of which there are few, so that thousands of plans can be compared; the
+    buffers are listed when they are asked for.
+    """
 
     phases: tuple[str, ...]
-    buffers: tuple[Buffer, ...]
+    rows: tuple[Row, ...]
+    slabs: Mapping[Place, Mapping[Lifetime, Slab]]
     device: Literal["cpu", "cuda"]
     compute_dtype: str
     accumulator: Literal["cpu", "gpu"]
@@ -123,23 +158,31 @@ class MemoryPlan:
     # buffers; what is left is what a library's GEMM or attention takes for itself.
     temporaries: dict[str, int] = field(default_factory=dict)
 
+    @cached_property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Every buffer, with the bytes from its place's start at which it lies."""
+        offsets = {
+            place: {life: slab.offset for life, slab in slabs.items()} for place, slabs in self.slabs.items()
+        }
+        buffers = []
+        for row in self.rows:
+            reserved, free = row.reserved, offsets[row.place]
+            for name, life in zip(row.names, row.lifetimes, strict=True):
+                buffers.append(Buffer(name, row.shape, row.dtype, row.place, row.group, *life, free[life]))
+                free[life] += reserved
+        assert len({buffer.name for buffer in buffers}) == len(buffers), "two buffers have one name"
+        return tuple(buffers)
+
     def size(self, place: Place) -> int:
         """Bytes of one place's arena: the end of its last buffer."""
-        return max((b.offset + b.reserved for b in self.buffers if b.place == place), default=0)
+        return _end(self.slabs[place])
 
     @cached_property
     def live_bytes(self) -> dict[str, int]:
         """Bytes of device buffers that hold data, by phase."""
-        change = [0] * (len(self.phases) + 1)
-        for buffer in self.buffers:
-            if buffer.place == "device":
-                change[buffer.first] += buffer.reserved
-                change[buffer.last + 1] -= buffer.reserved
-        live, total = {}, 0
-        for phase, step in zip(self.phases, change, strict=False):
-            total += step
-            live[phase] = total
-        return live
+        slabs = self.slabs["device"]
+        live = live_sizes({life: slab.size for life, slab in slabs.items()}, len(self.phases))
+        return dict(zip(self.phases, live, strict=True))
 
     @property
     def peak_phase(self) -> str:
@@ -173,7 +216,7 @@ class _Draft:
         # Sums and norms of half-precision values are taken in fp32.
         self.wide_dtype = "float64" if compute_dtype == "float64" else "float32"
         self._index = {phase: i for i, phase in enumerate(phases)}
-        self._buffers: list[Buffer] = []
+        self.rows: list[Row] = []
 
     def add(
         self,
@@ -189,29 +232,50 @@ class _Draft:
         """A buffer that lives from phase `first` to phase `last`; without either, for the whole run."""
         start = 0 if first is None else self._index[first]
         end = (len(self.phases) - 1 if first is None else start) if last is None else self._index[last]
-        self._buffers.append(Buffer(name, shape, dtype or self.compute_dtype, place, group, start, end))
+        self.rows.append(Row((name,), shape, dtype or self.compute_dtype, place, group, ((start, end),)))
 
-    def declared(self, names: Sequence[str]) -> list[Buffer]:
-        """Those of `names` that were added."""
-        return [buffer for buffer in self._buffers if buffer.name in names]
+    def add_each(
+        self,
+        names: Iterable[str],
+        shape: tuple[int, ...],
+        group: Group,
+        lives: Iterable[tuple[str, str]],
+        *,
+        dtype: str | None = None,
+    ) -> None:
+        """Buffers on the device of one shape, each with its first and last phase in `lives`."""
+        lifetimes = tuple((self._index[first], self._index[last]) for first, last in lives)
+        self.rows.append(Row(tuple(names), shape, dtype or self.compute_dtype, "device", group, lifetimes))
 
-    def placed(self) -> tuple[Buffer, ...]:
-        """The buffers with offsets: those of one lifetime lie side by side, and lifetimes are packed."""
-        offsets: dict[str, int] = {}
-        for place in ("device", "pinned", "host"):
-            slabs: dict[tuple[int, int], list[Buffer]] = {}
-            for buffer in self._buffers:
-                if buffer.place == place:
-                    slabs.setdefault((buffer.first, buffer.last), []).append(buffer)
-            sizes = {life: sum(b.reserved for b in members) for life, members in slabs.items()}
-            best = pack(sizes)
-            for life, members in slabs.items():
-                offset = best[life]
-                for buffer in members:
-                    assert buffer.name not in offsets, f"two buffers are called {buffer.name}"
-                    offsets[buffer.name] = offset
-                    offset += buffer.reserved
-        return tuple(replace(buffer, offset=offsets[buffer.name]) for buffer in self._buffers)
+    def copy(self) -> _Draft:
+        """Another with the same buffers, to go on with."""
+        other = _Draft(self.phases, self.compute_dtype)
+        other.rows = list(self.rows)
+        return other
+
+    def declared(self, names: Sequence[str]) -> list[Row]:
+        """The rows of those of `names` that were added."""
+        return [row for row in self.rows if row.names[0] in names]
+
+    def sizes(self, place: Place) -> dict[Lifetime, int]:
+        """Bytes of the slab of each lifetime."""
+        sizes: dict[Lifetime, int] = {}
+        for row in self.rows:
+            if row.place == place:
+                reserved = row.reserved
+                for life in row.lifetimes:
+                    sizes[life] = sizes.get(life, 0) + reserved
+        return sizes
+
+    def least(self) -> int:
+        """Bytes that no placing of the device's buffers can do without."""
+        return max(live_sizes(self.sizes("device"), len(self.phases)))
+
+    def slabs(self, place: Place) -> dict[Lifetime, Slab]:
+        """The slab of each lifetime, placed."""
+        sizes = self.sizes(place)
+        starts = pack(sizes)
+        return {life: Slab(starts[life], size) for life, size in sizes.items()}
 
 
 def plan_training(
@@ -230,49 +294,77 @@ def plan_training(
     """
     place = accumulator or ("gpu" if config.train.accumulator == "gpu" else "cpu")
     chosen = attention or choose_attention(config, device, capability=None)
-    if device == "cpu" or place == "gpu":
-        return _plan_training(config, device, compute_dtype, place, chosen)
-    # Sums in host memory come back for the update. Where that costs nothing at the peak, each block's has a
-    # place of its own, in memory of activations that are done with, and travels while the backward goes on.
-    slots = _plan_training(config, device, compute_dtype, place, chosen)
-    early = _plan_training(config, device, compute_dtype, place, chosen, return_early=True)
-    return early if early.size("device") <= slots.size("device") else slots
+    model = Architecture.from_config(config.model)
+    draft = _draft_training(config, model, device, compute_dtype, place, chosen)
+    slabs = draft.slabs("device")
+    if device == "cuda" and place == "cpu":
+        draft, slabs = _with_returned_sums(draft, model)
+    temporaries = _temporaries(device, compute_dtype)
+    temporaries |= attention_bytes.temporaries(
+        chosen, model, config.train.micro_batch_size, config.data.sequence_length, evaluation_batch(config)
+    )
+    return _plan_of(draft, slabs, device, place, chosen, temporaries)
 
 
-def _plan_training(
+def _plan_of(
+    draft: _Draft,
+    slabs: dict[Lifetime, Slab],
+    device: Literal["cpu", "cuda"],
+    accumulator: Literal["cpu", "gpu"],
+    attention: AttentionChoice,
+    temporaries: dict[str, int],
+) -> MemoryPlan:
+    places: dict[Place, dict[Lifetime, Slab]] = {
+        "device": slabs, "pinned": draft.slabs("pinned"), "host": draft.slabs("host"),
+    }  # fmt: skip
+    return MemoryPlan(
+        draft.phases,
+        tuple(draft.rows),
+        places,
+        device,
+        draft.compute_dtype,
+        accumulator,
+        attention,
+        temporaries,
+    )
+
+
+def _draft_training(
     config: RunConfig,
+    model: Architecture,
     device: Literal["cpu", "cuda"],
     compute_dtype: str,
     place: Literal["cpu", "gpu"],
     attention: AttentionChoice,
-    *,
-    return_early: bool = False,
-) -> MemoryPlan:
-    model = Architecture.from_config(config.model)
+) -> _Draft:
+    """All but the places to which sums in host memory come back."""
     layers = model.num_hidden_layers
     draft = _Draft(training_phases(layers), compute_dtype)
-    rows = config.train.micro_batch_size * config.data.sequence_length
+    batch, length = config.train.micro_batch_size, config.data.sequence_length
+    rows = batch * length
     last_forward, first_backward = f"forward.{layers - 1:02d}", f"backward.{layers - 1:02d}"
     last_backward = "backward.00"
 
     _add_state(draft, config, model, device)
-    _add_gradients(draft, model, place, device, return_early)
-    _add_workspace(draft, config, model, device, trains=True)
-    _add_io(draft, config, rows, device)
+    _add_gradients(draft, model, place, device)
+    _add_workspace(draft, config, model, device, trains=True, evaluates=True)
+    _add_io(draft, config, max(rows, evaluation_batch(config) * length))
     _add_training_io(draft, config, rows, device)
 
     # Forward and backward: what is kept per block, and what all blocks share while they run.
     kept = KEPT[config.train.recompute]
-    shapes = _activation_shapes(model, rows, config.data.sequence_length, device)
-    for layer in range(layers):
-        for name in kept:
-            if name not in shapes:
-                continue
-            _add_activation(
-                draft, f"{block_name(layer)}.{name}", shapes[name],
-                "embed" if layer == 0 and name == "input" else f"forward.{layer:02d}",
-                f"backward.{layer:02d}",
-            )  # fmt: skip
+    shapes = _activation_shapes(model, rows, length, device)
+    blocks = [block_name(layer) for layer in range(layers)]
+    lives = [(f"forward.{layer:02d}", f"backward.{layer:02d}") for layer in range(layers)]
+    for name in kept:
+        if name not in shapes:
+            continue
+        # The embedding writes the first block's input.
+        own = [("embed", last_backward), *lives[1:]] if name == "input" else lives
+        draft.add_each(
+            [f"{block}.{name}" for block in blocks], shapes[name], "activations", own,
+            dtype=_activation_dtype(draft, name),
+        )  # fmt: skip
     for name in shapes:
         if name not in kept:
             # The last block's residual stream goes on into the head.
@@ -307,27 +399,34 @@ def _plan_training(
             "backward.attention_delta", shapes["attention_lse"], "scratch", dtype=draft.wide_dtype,
             first=first_backward, last=last_backward,
         )  # fmt: skip
-    _add_inference(draft, config, model, rows, device, samples=bool(config.evaluate.prompts))
-    batch, length = config.train.micro_batch_size, config.data.sequence_length
-    temporaries = _temporaries(device, compute_dtype)
-    temporaries |= attention_bytes.temporaries(attention, model, batch, length)
-    return MemoryPlan(draft.phases, draft.placed(), device, compute_dtype, place, attention, temporaries)
+    _add_evaluation(draft, config, model, evaluation_batch(config), device)
+    if config.evaluate.prompts:
+        _add_sampling(draft, model, length, device)
+    return draft
 
 
-def plan_inference(config: RunConfig, device: Literal["cpu", "cuda"], compute_dtype: str) -> MemoryPlan:
-    """Every buffer that evaluating and generating with a trained `config` takes; albor's own attention does,
-    whatever the run was trained with.
+def evaluation_batch(config: RunConfig) -> int:
+    """Sequences that an evaluation during training runs at a time."""
+    return config.evaluate.micro_batch_size or config.train.micro_batch_size
+
+
+def plan_inference(
+    config: RunConfig, device: Literal["cpu", "cuda"], compute_dtype: str, batch: int = 0
+) -> MemoryPlan:
+    """Every buffer that writing with a trained `config` takes, and evaluating `batch` sequences of its length
+    at a time, 0: none. Albor's own attention does it, whatever the run was trained with.
     """
     model = Architecture.from_config(config.model)
     draft = _Draft(INFERENCE_PHASES, compute_dtype)
-    rows = config.train.micro_batch_size * config.data.sequence_length
     draft.add("weights", (model.flat_size,), "weights")
-    _add_workspace(draft, config, model, device, trains=False)
-    _add_io(draft, config, rows, device)
-    _add_inference(draft, config, model, rows, device, samples=True)
+    _add_workspace(draft, config, model, device, trains=False, evaluates=batch > 0)
+    if batch:
+        _add_io(draft, config, batch * config.data.sequence_length)
+        _add_evaluation(draft, config, model, batch, device)
+    _add_sampling(draft, model, config.data.sequence_length, device)
     attention = AttentionChoice("torch" if device == "cpu" else "triton", "nothing is trained")
     temporaries = _temporaries(device, compute_dtype)
-    return MemoryPlan(draft.phases, draft.placed(), device, compute_dtype, "cpu", attention, temporaries)
+    return _plan_of(draft, draft.slabs("device"), device, "cpu", attention, temporaries)
 
 
 def _temporaries(device: str, compute_dtype: str) -> dict[str, int]:
@@ -338,8 +437,8 @@ def _temporaries(device: str, compute_dtype: str) -> dict[str, int]:
     return {}
 
 
-def _add_io(draft: _Draft, config: RunConfig, rows: int, device: str) -> None:
-    """A micro-batch, and what comes of it."""
+def _add_io(draft: _Draft, config: RunConfig, rows: int) -> None:
+    """A batch of at most so many tokens, and what comes of it."""
     for name, shape, dtype in _batch_shapes(config, rows):
         draft.add(f"io.{name}", shape, "io", dtype=dtype)
     draft.add("io.losses", (rows,), "io", dtype=draft.wide_dtype)  # (N,)
@@ -401,14 +500,11 @@ def _add_state(draft: _Draft, config: RunConfig, model: Architecture, device: st
         draft.add(f"moments.{name}", (model.flat_size,), "moments", dtype=moments)
     if config.checkpoint.background:
         place: Place = "pinned" if device == "cuda" else "host"
-        for buffer in draft.declared(STATE_BUFFERS):
-            name, shape, group = f"snapshot.{buffer.name}", buffer.shape, buffer.group
-            draft.add(name, shape, group, dtype=buffer.dtype, place=place)
+        for row in draft.declared(STATE_BUFFERS):
+            draft.add(f"snapshot.{row.names[0]}", row.shape, row.group, dtype=row.dtype, place=place)
 
 
-def _add_gradients(
-    draft: _Draft, model: Architecture, accumulator: str, device: str, return_early: bool
-) -> None:
+def _add_gradients(draft: _Draft, model: Architecture, accumulator: str, device: str) -> None:
     """The sum over micro-batches in fp32, and the buffers that backward writes into on the device."""
     host: Place = (
         "pinned" if device == "cuda" else "host"
@@ -441,23 +537,50 @@ def _add_gradients(
     # One for each block, so that the host may add up until the block's next gradient comes.
     for name, size in sizes.items():
         draft.add(f"gradients.transfer.{name}", (size,), "gradients", place="pinned")
-    if not return_early:
-        for slot in range(2):
-            draft.add(
-                f"gradients.returned.{slot}", (max(sizes.values()),), "gradients", dtype=draft.wide_dtype,
-                first="optimize",
-            )  # fmt: skip
-        return
+
+
+def _with_returned_sums(draft: _Draft, model: Architecture) -> tuple[_Draft, dict[Lifetime, Slab]]:
+    """`draft` with places for the sums that come back from host memory for the update.
+
+    Where that costs nothing at the peak, each block's has one of its own, in memory of activations that are
+    done with, and travels while the backward goes on; elsewhere all take turns in two.
+    """
+    slots, early = draft, draft.copy()
+    blocks = model.blocks
+    largest = max(block.size for block in blocks)
+    slots.add_each(
+        [f"gradients.returned.{slot}" for slot in range(2)], (largest,), "gradients",
+        [("optimize", "optimize")] * 2, dtype=draft.wide_dtype,
+    )  # fmt: skip
     # From when the block's own backward is over, for its sum cannot be back earlier; the head's with the last
     # block's, since in that block's backward the arena is fullest.
+    layers = model.num_hidden_layers
     after = {block_name(layer): f"backward.{layer - 1:02d}" for layer in range(1, layers)}
     after |= {block_name(0): "embed_backward", "embedding": "clip"}
     after["head"] = after[block_name(layers - 1)]
-    for name, size in sizes.items():
-        draft.add(
-            f"gradients.returned.{name}", (size,), "gradients", dtype=draft.wide_dtype,
-            first=after[name], last="optimize",
+    sizes = {block.name: block.size for block in blocks}
+    for size, names in by_size(sizes).items():
+        early.add_each(
+            [f"gradients.returned.{name}" for name in names], (size,), "gradients",
+            [(after[name], "optimize") for name in names], dtype=draft.wide_dtype,
         )  # fmt: skip
+    in_turns = slots.slabs("device")
+    most = _end(in_turns)
+    if early.least() <= most and _end(slabs := early.slabs("device")) <= most:
+        return early, slabs
+    return slots, in_turns
+
+
+def _end(slabs: Mapping[Lifetime, Slab]) -> int:
+    return max((slab.end for slab in slabs.values()), default=0)
+
+
+def by_size(sizes: Mapping[str, int]) -> dict[int, list[str]]:
+    """Names by their sizes."""
+    names: dict[int, list[str]] = {}
+    for name, size in sizes.items():
+        names.setdefault(size, []).append(name)
+    return names
 
 
 def _activation_shapes(
@@ -481,9 +604,13 @@ def _activation_shapes(
     return {name: shapes[name] for name in ACTIVATIONS if name in shapes}
 
 
+def _activation_dtype(draft: _Draft, name: str) -> str:
+    """A norm's reciprocal root mean square, one per token, stays wide; so does a softmax's denominator."""
+    return draft.wide_dtype if name.endswith(("rstd", "lse")) else draft.compute_dtype
+
+
 def _add_activation(draft: _Draft, name: str, shape: tuple[int, ...], first: str, last: str) -> None:
-    # A norm's reciprocal root mean square, one per token, stays wide; so does a softmax's denominator.
-    dtype = draft.wide_dtype if name.endswith(("rstd", "lse")) else None
+    dtype = _activation_dtype(draft, name)
     draft.add(name, shape, "activations", first=first, last=last, dtype=dtype)
 
 
@@ -513,7 +640,7 @@ def norm_programs(model: Architecture) -> list[int]:
 
 
 def _add_workspace(
-    draft: _Draft, config: RunConfig, model: Architecture, device: str, *, trains: bool
+    draft: _Draft, config: RunConfig, model: Architecture, device: str, *, trains: bool, evaluates: bool
 ) -> None:
     """Small scratch that all phases share; its sizes do not depend on the micro-batch."""
     half = model.head_dim // 2
@@ -522,7 +649,7 @@ def _add_workspace(
     for name in ("cos", "sin"):
         draft.add(f"rotary.{name}", (model.max_position_embeddings, half), "scratch", dtype=tables)
     if device == "cpu":
-        _add_torch_workspace(draft, config, model)
+        _add_torch_workspace(draft, config, model, trains=trains, evaluates=evaluates)
         return
     if trains:
         draft.add(
@@ -530,46 +657,55 @@ def _add_workspace(
         )
 
 
-def _add_torch_workspace(draft: _Draft, config: RunConfig, model: Architecture) -> None:
+def _add_torch_workspace(
+    draft: _Draft, config: RunConfig, model: Architecture, *, trains: bool, evaluates: bool
+) -> None:
     length = config.data.sequence_length
     queries = min(QUERY_BLOCK, length)
     kv_heads, group = model.num_key_value_heads, model.num_attention_heads // model.num_key_value_heads
     half = model.head_dim // 2
+
+    def add(name: str, *shape: int, dtype: str | None = None) -> None:
+        draft.add(f"workspace.{name}", shape, "scratch", dtype=dtype)
+
     for slot in range(3):
-        draft.add(f"workspace.wide.{slot}", (ROW_CHUNK, model.hidden_size), "scratch", dtype=draft.wide_dtype)
-    draft.add("workspace.weight_gradient", (model.hidden_size,), "scratch", dtype=draft.wide_dtype)
-    draft.add("workspace.feed_forward", (ROW_CHUNK, model.intermediate_size), "scratch")
-    draft.add("workspace.rotated", (ROW_CHUNK, model.num_attention_heads + kv_heads, half), "scratch")
-    for name in ("scores", "d_scores"):
-        draft.add(f"workspace.{name}", (kv_heads, group * queries, length), "scratch")
-    for name in ("query", "d_query", "d_out"):
-        draft.add(f"workspace.{name}", (kv_heads, group, queries, model.head_dim), "scratch")
-    draft.add("workspace.causal_mask", (queries, queries), "scratch")
-    for name in ("key", "value", "d_key"):
-        draft.add(f"workspace.{name}", (kv_heads, length, model.head_dim), "scratch")
+        add(f"wide.{slot}", ROW_CHUNK, model.hidden_size, dtype=draft.wide_dtype)
+    add("rotated", ROW_CHUNK, model.num_attention_heads + kv_heads, half)
+    for name in ("query", "d_query"):
+        add(name, kv_heads, group, queries, model.head_dim)
+    add("causal_mask", queries, queries)
+    if not (trains or evaluates):
+        return
+    add("scores", kv_heads, group * queries, length)
+    for name in ("key", "value"):
+        add(name, kv_heads, length, model.head_dim)
     if config.data.document_mask:
-        draft.add("workspace.hidden_keys", (queries, length), "scratch", dtype="bool")
+        add("hidden_keys", queries, length, dtype="bool")
+    if not trains:
+        return
+    add("weight_gradient", model.hidden_size, dtype=draft.wide_dtype)
+    add("feed_forward", ROW_CHUNK, model.intermediate_size)
+    add("d_scores", kv_heads, group * queries, length)
+    add("d_out", kv_heads, group, queries, model.head_dim)
+    add("d_key", kv_heads, length, model.head_dim)
     if length > queries:  # several query blocks add to one key's gradient: that sum is taken wide
         for name in ("d_key_sum", "d_value_sum", "d_key_wide"):
-            draft.add(
-                f"workspace.{name}", (kv_heads, length, model.head_dim), "scratch", dtype=draft.wide_dtype
-            )
+            add(name, kv_heads, length, model.head_dim, dtype=draft.wide_dtype)
 
 
-def _add_inference(
-    draft: _Draft, config: RunConfig, model: Architecture, rows: int, device: str, *, samples: bool
-) -> None:
-    """Evaluation runs block after block through one set of activations; sampling keeps keys and values."""
-    for name, shape in _activation_shapes(model, rows, config.data.sequence_length, device).items():
+def _add_evaluation(draft: _Draft, config: RunConfig, model: Architecture, batch: int, device: str) -> None:
+    """`batch` sequences at a time go block after block through one set of activations."""
+    length = config.data.sequence_length
+    rows = batch * length
+    for name, shape in _activation_shapes(model, rows, length, device).items():
         _add_activation(draft, f"evaluate.{name}", shape, "evaluate", "evaluate")
     for name, columns in (("hidden", model.intermediate_size), ("delta", model.hidden_size)):
         draft.add(f"evaluate.{name}", (rows, columns), "scratch", first="evaluate")
     _add_logits(draft, config, model, "evaluate", rows, device)
-    if samples:
-        _add_sampling(draft, model, config.data.sequence_length, device)
 
 
 def _add_sampling(draft: _Draft, model: Architecture, length: int, device: str) -> None:
+    """The keys and values of one text as long as the context, and one chunk of its prompt."""
     context, kv_heads = model.max_position_embeddings, model.num_key_value_heads
     cache = (model.num_hidden_layers, 2, kv_heads, context, model.head_dim)
     draft.add("sample.cache", cache, "activations", first="sample")  # (L, 2, K, S, D)

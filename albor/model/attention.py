@@ -20,7 +20,7 @@ class Attention:
         self.kv_heads, self.head_dim, self.length = model.num_key_value_heads, model.head_dim, length
         self.cos, self.sin, self.ops = arena["rotary.cos"], arena["rotary.sin"], ops
         start, end = arena.get("io.document_start"), arena.get("io.document_end")
-        self.documents = None if start is None or end is None else Documents(start, end)
+        self._documents = None if start is None or end is None else Documents(start, end)
 
     def forward(
         self, residual: torch.Tensor, delta: torch.Tensor | None, w: BlockTensors, a: Activations
@@ -32,8 +32,9 @@ class Attention:
         self.ops.linear_forward(a.attention_normed, w.qkv, a.qkv)
         self.ops.rotary(a.qkv, self.cos, self.sin, self.rotated_heads, self.length)
         self.ops.attention_forward(
-            a.qkv, a.attention_out, a.attention_lse, self.length, self.kv_heads, self.head_dim, self.documents
-        )
+            a.qkv, a.attention_out, a.attention_lse, self.length, self.kv_heads, self.head_dim,
+            self._documents_of(a.qkv),
+        )  # fmt: skip
         self.ops.linear_forward(a.attention_out, w.attention_out, a.delta)
 
     def backward(
@@ -53,7 +54,7 @@ class Attention:
         self.ops.linear_backward_weight(d_x, a.attention_out, d_w.attention_out, add=add)
         self.ops.attention_backward(
             d.attention, a.qkv, a.attention_out, a.attention_lse, d.qkv,
-            self.length, self.kv_heads, self.head_dim, self.documents,
+            self.length, self.kv_heads, self.head_dim, self._documents_of(d.qkv),
         )  # fmt: skip
         self.ops.rotary(d.qkv, self.cos, self.sin, self.rotated_heads, self.length, inverse=True)
         self.ops.linear_backward_input(d.qkv, w.qkv, d.normed)
@@ -62,3 +63,8 @@ class Attention:
             d.normed, a.input, a.attention_rstd, w.attention_norm, d_x, d_w.attention_norm,
             residual=True, add=add,
         )  # fmt: skip
+
+    def _documents_of(self, qkv: torch.Tensor) -> Documents | None:
+        # An evaluation may have more rows than a step, or fewer.
+        rows, both = qkv.shape[0], self._documents
+        return None if both is None else Documents(both.start[:rows], both.end[:rows])

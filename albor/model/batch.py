@@ -42,7 +42,11 @@ class BatchInput:
 
     def _copy(self, arrays: dict[str, np.ndarray]) -> None:
         for name, values in arrays.items():
-            self._arena[f"io.{name}"].copy_(torch.from_numpy(values))
+            self._target(name, values).copy_(torch.from_numpy(values))
+
+    def _target(self, name: str, values: np.ndarray) -> torch.Tensor:
+        """What `values` fill of their buffer, which has room for a step's batch and an evaluation's."""
+        return self._arena[f"io.{name}"][: values.size]
 
     def _stage(self, arrays: dict[str, np.ndarray]) -> None:
         turn, self._turn = self._turn, (self._turn + 1) % STAGED_BATCHES
@@ -52,7 +56,7 @@ class BatchInput:
         for name, values in arrays.items():
             staged = self._arena[f"io.staged.{turn}.{name}"]
             staged.copy_(torch.from_numpy(values))
-            self._arena[f"io.{name}"].copy_(staged, non_blocking=True)
+            self._target(name, values).copy_(staged, non_blocking=True)
         self._arrived[turn] = torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True))
 
 

@@ -39,15 +39,16 @@ class Transformer:
             Block(layer, model, arena, attention, feed_forward, recompute, trains=self.trains)
             for layer in range(model.num_hidden_layers)
         ]
-        self.evaluation = Activations.shared(arena, "evaluate")
+        self.evaluation = Activations.shared(arena, "evaluate") if "evaluate.input" in arena else None
         self.gradients = BlockGradients.from_arena(arena) if self.trains else None
 
     def losses(self, tokens: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
         """Per-token losses (N,) without a backward: every block runs through one set of activations.
 
-        tokens, targets (N,) int64; a target of IGNORED_TARGET has loss 0.
+        tokens, targets (N,) int64, with N as planned for evaluation; a target of IGNORED_TARGET has loss 0.
         """
         a = self.evaluation
+        assert a is not None, "the plan has no phase for evaluation"
         self.arena.enter("evaluate")
         self.embedding.forward(tokens, a.input)
         residual, delta = a.input, None

@@ -20,6 +20,7 @@ from albor.errors import Alert, Diverged, Interrupted
 from albor.evaluate.validation import Validation, validate
 from albor.generate.generate import generate
 from albor.generate.sampler import NotFinite
+from albor.memory.plan import evaluation_batch
 from albor.memory.shortage import give_back, is_out_of_memory
 from albor.model.decode import Decoder
 from albor.seeds import derive_seed
@@ -267,11 +268,14 @@ class Loop:
 
 
 def evaluate_session(session: Session, batches: int, stop: StopRequest) -> Validation:
-    """Validation on at most `batches` micro-batches of held-out text. Raises Stopped between two of them."""
+    """Validation on at most `batches` micro-batches of held-out text, as many of them at a time as
+    `evaluate.micro_batch_size` makes. Raises Stopped between two passes.
+    """
     config, step = session.config, session.state.step
     faults.reach("evaluate.begin", step)
+    sequences = batches * config.train.micro_batch_size
     held_out = validation_batches(
-        session.data.validation, config.data.sequence_length, config.train.micro_batch_size, batches
+        session.data.validation, config.data.sequence_length, sequences, evaluation_batch(config)
     )
     trainer, token_bytes = session.trainer, session.data.tokenizer.token_bytes
     return validate(trainer.model, trainer.input, _until(stop, held_out, step), token_bytes)

@@ -19,7 +19,7 @@ from albor.config import RunConfig
 from albor.errors import AlborError
 from albor.kernels.launches import Grid, Launch, precompile, record
 from albor.memory.arena import Arena
-from albor.memory.plan import MemoryPlan
+from albor.memory.plan import MemoryPlan, evaluation_batch
 from albor.model.decode import Decoder
 from albor.train.step import Accumulated, Trainer, TrainState
 
@@ -47,7 +47,8 @@ def record_run(config: RunConfig, plan: MemoryPlan, capability: int) -> dict[Lau
         arena = Arena(plan, "meta")
         trainer = _Rehearsal(config, arena, end_of_document=0)
         trainer.step_without_results()
-        trainer.model.losses(arena["io.tokens"], arena["io.targets"], arena["io.losses"])
+        rows = evaluation_batch(config) * config.data.sequence_length
+        trainer.model.losses(*(arena[f"io.{name}"][:rows] for name in ("tokens", "targets", "losses")))
         if config.evaluate.prompts:
             decoder = Decoder(trainer.model, arena)
             # Position and number of tokens are specialised on: 1, multiples of 16, others.

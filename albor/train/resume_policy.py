@@ -117,6 +117,7 @@ POLICIES: dict[str, Policy] = {
     "train.z_loss": _RECIPE,
     "evaluate.every_steps": _WATCHED,
     "evaluate.batches": _WATCHED,
+    "evaluate.micro_batch_size": _WATCHED,
     "evaluate.prompts": _WATCHED,
     "evaluate.final_batches": _WATCHED,
     "evaluate.sample_tokens": _WATCHED,

@@ -215,12 +215,8 @@ def _report(session: Session, log: MetricsLog, stop: StopRequest) -> Outcome:
 def _validation_text(session: Session) -> bytes:
     """The text that the final validation's targets stand for."""
     config, tokenizer = session.config, session.data.tokenizer
-    batches = validation_batches(
-        session.data.validation,
-        config.data.sequence_length,
-        config.train.micro_batch_size,
-        config.evaluate.final_batches,
-    )
+    sequences = config.evaluate.final_batches * config.train.micro_batch_size
+    batches = validation_batches(session.data.validation, config.data.sequence_length, sequences, 1)
     return b"".join(tokenizer.decode_bytes(targets[targets != IGNORED_TARGET]) for _, targets in batches)
 
 

@@ -109,6 +109,11 @@ class Trainer:
         self._d_head = self.model.head.gradient_views(buffer("head"), buffer("embedding"))
         table = self.architecture.parameters[0]
         self._d_embedding = buffer("embedding")[: table.size].view(table.shape)
+        # The io buffers have room for an evaluation's batch too, which may be larger.
+        rows = config.train.micro_batch_size * config.data.sequence_length
+        self._tokens, self._targets, self._losses = (
+            arena[f"io.{name}"][:rows] for name in ("tokens", "targets", "losses")
+        )
         self._index = {
             name: arena[f"io.{name}"] for name in self.model.ops.token_index(np.zeros(1, np.int64))
         }
@@ -213,7 +218,7 @@ class Trainer:
         arena, model = self.arena, self.model
         arena.enter("embed")
         residual, delta = arena["blocks.00.input"], None
-        model.embedding.forward(arena["io.tokens"], residual)
+        model.embedding.forward(self._tokens, residual)
         for layer, block in enumerate(model.blocks):
             arena.enter(f"forward.{layer:02d}")
             residual, delta = block.forward(residual, delta)
@@ -223,11 +228,11 @@ class Trainer:
         arena, model = self.arena, self.model
         arena.enter("head")
         residual, delta = model.blocks[-1].output
-        losses, d_x = arena["io.losses"], arena["backward.d_x"]
+        d_x, scale = arena["backward.d_x"], arena["io.scale"]
         model.head.forward_backward(
-            residual, delta, arena["io.targets"], losses, d_x, self._d_head, arena["io.scale"], add=adds
+            residual, delta, self._targets, self._losses, d_x, self._d_head, scale, add=adds
         )
-        model.ops.add_sum(losses, arena["io.results"][:1])
+        model.ops.add_sum(self._losses, arena["io.results"][:1])
 
     def _backward(self, layer: int, adds: bool) -> None:
         """backward.d_x from a block's output to its input, and the gradient of its weights."""

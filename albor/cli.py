@@ -164,6 +164,20 @@ def vram_estimate(
     vram: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Hold it against this much memory: 24GiB")
     ] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep",
+            help="Print a grid instead: what fits by sequence length and micro-batch, or by the one or two "
+            "keys that are given several values, KEY=VALUE,VALUE,...",
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw a picture too, of the phases or of the grid: .png, .svg or .pdf"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will allocate, to the byte, and whether it fits. Needs no GPU, and touches none.
@@ -172,19 +186,25 @@ def vram_estimate(
     albor vram-estimate configs/pretrain-350m.yaml --gpu "RTX 4090"
     albor vram-estimate configs/pretrain-350m.yaml --vram 8GiB model.vocab_size=4K
     albor vram-estimate configs/pretrain-350m.yaml --json
+    albor vram-estimate configs/pretrain-350m.yaml --gpu L4 --sweep --plot grid.png
+    albor vram-estimate configs/pretrain-350m.yaml --gpu L4 --sweep train.recompute=none,block
 
-    Exit code 4: it does not fit, and the nearest changes that would are shown.
+    Exit code 4: it does not fit, and the nearest changes that would are shown; with --sweep,
+    no cell fits. A picture replaces none that albor did not draw.
     """
     from albor.configfile import load_config
     from albor.memory.report import run_estimate
+    from albor.memory.sweep_report import run_sweep
 
     if gpu is not None and vram is not None:
         raise ConfigError(
             [Problem("--gpu", "a card and a size are given", "give --gpu or --vram", "command line")]
         )
     capacity = None if vram is None else _read_capacity(vram)
+    if sweep:
+        raise typer.Exit(run_sweep(config, overrides or [], gpu, capacity, as_json, plot, _console()))
     run = load_config(config, overrides or [])
-    raise typer.Exit(run_estimate(run, gpu, capacity, as_json, _console()))
+    raise typer.Exit(run_estimate(run, gpu, capacity, as_json, _console(), plot))
 
 
 @app.command()

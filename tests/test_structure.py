@@ -18,19 +18,19 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     (
         "__init__", "errors", "units", "seeds", "progress", "faults", "strictjson", "alerts", "spikes",
-        "kernels",
+        "durable", "kernels",
     ),
     ("yamlcore", "config", "configfile", "architecture", "floor"),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
         "memory.cards", "memory.nvml", "memory.host", "memory.outside", "memory.devices", "memory.suggest",
-        "memory.estimate", "memory.report",
+        "memory.estimate", "memory.sweep", "memory.plot", "memory.report", "memory.sweep_report",
     ),
     ("memory.arena", "memory.shortage"),
     ("ops",),
     ("model",),
     ("data",),
-    ("durable", "tensorfile"),
+    ("tensorfile",),
     ("manifest", "checkpoint"),
     (
         "train.__init__", "train.schedule", "train.streams", "train.accumulator", "train.optimizer",
@@ -63,7 +63,8 @@ WITHOUT_TORCH = (
     "memory.packing",
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
     "memory.host", "memory.outside", "memory.devices",
-    "memory.suggest", "memory.estimate", "memory.report", "doctor.report", "cli",
+    "memory.suggest", "memory.estimate", "memory.sweep", "memory.plot", "memory.report",
+    "memory.sweep_report", "doctor.report", "cli",
 )  # fmt: skip
 
 

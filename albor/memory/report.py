@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,7 @@ from albor.memory.estimate import Estimate
 from albor.memory.estimate import estimate as estimate_run
 from albor.memory.outside import ESTIMATED
 from albor.memory.plan import peak_buffers
+from albor.memory.plot import check_target, plot_phases
 from albor.units import format_bytes
 
 _BAR_WIDTH = 28
@@ -79,12 +81,24 @@ def _print(console: Console, line: str, style: str = "") -> None:
 
 
 def run_estimate(
-    config: RunConfig, gpu: str | None, vram: int | None, as_json: bool, console: Console
+    config: RunConfig,
+    gpu: str | None,
+    vram: int | None,
+    as_json: bool,
+    console: Console,
+    plot: Path | None = None,
 ) -> int:
     """The command: prints the estimate and returns the exit code, 4 where the run does not fit."""
+    if plot is not None:
+        check_target(plot)
     result = estimate_run(config, gpu, vram)
+    if plot is not None:
+        plot_phases(result, plot)
     if as_json:
-        print(json.dumps(result.as_json(), indent=2), file=console.file)
+        answer = result.as_json() | ({"plot": str(plot)} if plot else {})
+        print(json.dumps(answer, indent=2), file=console.file)
     else:
         render(result, console)
+        if plot is not None:
+            _print(console, f"Picture: {plot}")
     return DoesNotFit.exit_code if result.fits is False else 0

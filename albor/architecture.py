@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 
 from albor.config import ModelConfig
@@ -90,10 +90,7 @@ class Architecture:
     @classmethod
     def from_config(cls, model: ModelConfig) -> Architecture:
         """The architecture that the `model` section describes."""
-        values = model.model_dump()
-        if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = values["num_attention_heads"]
-        return cls(**values)
+        return _architecture(model)
 
     @property
     def head_dim(self) -> int:
@@ -161,12 +158,12 @@ class Architecture:
         ends = [*(start for _, start in firsts[1:]), self.flat_size]
         return tuple(Segment(group, start, end) for (group, start), end in zip(firsts, ends, strict=True))
 
-    @property
+    @cached_property
     def parameter_count(self) -> int:
         """P: trained numbers, without alignment padding; a tied matrix counts once."""
         return sum(parameter.size for parameter in self.parameters)
 
-    @property
+    @cached_property
     def flat_size(self) -> int:
         """Elements of each flat buffer, with padding."""
         return self.blocks[-1].end
@@ -181,6 +178,14 @@ class Architecture:
         matmul_weights = self.num_hidden_layers * per_layer + self.vocab_size * self.hidden_size
         attention = 6 * self.num_hidden_layers * self.hidden_size * sequence_length
         return 6 * matmul_weights + attention
+
+
+@lru_cache(maxsize=16)  # its tables take longer to make than a plan, and many plans are for one model
+def _architecture(model: ModelConfig) -> Architecture:
+    values = model.model_dump()
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    return Architecture(**values)
 
 
 def block_name(layer: int) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from albor.doctor.checks import NOT_REPORTED, Check, Gain, Section, shown
 from albor.doctor.gpus import Driver, GpuFacts, Part
 from albor.doctor.software import PYPI, TorchBuild, install_torch
+from albor.memory.nvml import UNEXPLAINED_BYTES
 from albor.units import MIB, format_bytes
 
 # What CUDA of a major version needs at least, of any minor version (NVIDIA, "Minor Version Compatibility").
@@ -19,7 +20,6 @@ _BLACKWELL, _BLACKWELL_CUDA = (10, 0), (12, 8)
 
 _BUSY_PERCENT = 20  # a desktop redraws now and then, a run computes
 _MENTIONED_BYTES = 512 * MIB
-_UNEXPLAINED_BYTES = 256 * MIB  # less is the driver's own
 
 # NVML's codes
 _NOT_LOADED, _NO_LIBRARY, _VERSION_MISMATCH = 9, 12, 18
@@ -200,10 +200,13 @@ def _table_check(gpu: GpuFacts) -> Check:
     if gpu.known_as is None:
         message = "not in albor's table of cards: its peak is not known, so MFU is not shown"
         return Check("peak", "unknown").found("note", message)
-    peak = gpu.bf16_peak_flops
+    if gpu.compute_capability is not None and gpu.compute_capability < (8, 0):
+        return Check("peak", "no bf16")
+    if gpu.bf16_peak_flops is None:
+        message = "albor's table of cards has no peak for this one, so MFU is not shown"
+        return Check("peak", "unknown").found("note", message)
     whole = " of the whole card" if gpu.mig else ""
-    value = "no bf16" if peak is None else f"{peak / 1e12:g} TFLOP/s in bf16, by the data sheet{whole}"
-    return Check("peak", value)
+    return Check("peak", f"{gpu.bf16_peak_flops / 1e12:g} TFLOP/s in bf16, by the data sheet{whole}")
 
 
 def _free(gpu: Part) -> str:
@@ -223,7 +226,7 @@ def _held_check(gpu: Part) -> Check:
     """Who holds memory. Its own check has no context, so all of them are other programs."""
     if gpu.processes is None:
         return Check("held by", NOT_REPORTED)
-    hidden = gpu.hidden_bytes if gpu.hidden_bytes and gpu.hidden_bytes > _UNEXPLAINED_BYTES else 0
+    hidden = gpu.hidden_bytes if gpu.hidden_bytes and gpu.hidden_bytes > UNEXPLAINED_BYTES else 0
     held = sum(process.memory_bytes or 0 for process in gpu.processes) + hidden
     lines = [f"{shown(process.memory_bytes, format_bytes)}  {process}" for process in gpu.processes[:5]]
     if rest := gpu.processes[5:]:

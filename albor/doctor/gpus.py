@@ -7,16 +7,21 @@ Cards, drivers and containers differ in what they answer. A question without an 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from albor.doctor.checks import read
 from albor.doctor.software import CudaVersion
-from albor.errors import ConfigError
-from albor.memory.cards import find_gpu
-from albor.memory.nvml import CudaDevice, device_zero, installed_cards, mig_instances, read_memory
+from albor.memory.cards import Process, matching_gpus
+from albor.memory.nvml import (
+    CudaDevice,
+    device_zero,
+    installed_cards,
+    mig_instances,
+    read_holdings,
+    read_memory,
+)
 
 T = TypeVar("T")
 
@@ -30,19 +35,6 @@ class Driver:
     failure: str | None  # why NVML does not answer
     failure_code: int | None
     cards_on_bus: list[str]  # PCI addresses of NVIDIA's display and 3D controllers, driver or not
-
-
-@dataclass(frozen=True)
-class Process:
-    """A program that holds memory of a card."""
-
-    pid: int
-    name: str | None
-    memory_bytes: int | None
-    computes: bool  # with CUDA; else it draws
-
-    def __str__(self) -> str:
-        return f"{self.name or 'name hidden'} (pid {self.pid})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +163,9 @@ def _read_gpu(nvml: Nvml, index: int, handle: Any, first: list[CudaDevice] | Non
     part = _read_part(nvml, handle, _is_first(first, index))
     name = part["name"]
     capability = nvml.ask("nvmlDeviceGetCudaComputeCapability", handle)
-    known = None
-    with suppress(ConfigError):
-        known = find_gpu(name) if name else None
+    total, reserved = part["memory_total_bytes"], part["memory_reserved_bytes"]
+    rows = matching_gpus(name, None if total is None else total - (reserved or 0)) if name else []
+    known = rows[0] if len(rows) == 1 else None
     pci = getattr(nvml.ask("nvmlDeviceGetPciInfo", handle), "busId", None)
     pci = pci.decode() if isinstance(pci, bytes) else pci
     limits = nvml.ask("nvmlDeviceGetPowerManagementLimitConstraints", handle)
@@ -222,13 +214,7 @@ def _read_gpu(nvml: Nvml, index: int, handle: Any, first: list[CudaDevice] | Non
 def _read_part(nvml: Nvml, handle: Any, chosen: bool | None) -> dict[str, Any]:
     """The fields of a Part."""
     memory = nvml.ask_about(lambda pynvml: read_memory(pynvml, handle))
-    processes = _read_processes(nvml, handle)
-    hidden = None
-    if memory is not None and processes is not None:
-        holdings = [process.memory_bytes for process in processes]
-        if None not in holdings:
-            used = memory.total - (memory.reserved or 0) - memory.free
-            hidden = max(0, used - sum(size or 0 for size in holdings))
+    holdings = read_holdings(nvml.pynvml, handle, memory)
     return {
         "chosen": chosen,
         "name": nvml.ask("nvmlDeviceGetName", handle),
@@ -236,34 +222,9 @@ def _read_part(nvml: Nvml, handle: Any, chosen: bool | None) -> dict[str, Any]:
         "memory_total_bytes": None if memory is None else memory.total,
         "memory_reserved_bytes": None if memory is None else memory.reserved,
         "memory_free_bytes": None if memory is None else memory.free,
-        "processes": processes,
-        "hidden_bytes": hidden,
+        "processes": holdings.processes,
+        "hidden_bytes": holdings.hidden_bytes,
     }
-
-
-def _read_processes(nvml: Nvml, handle: Any) -> list[Process] | None:
-    computing = nvml.ask("nvmlDeviceGetComputeRunningProcesses", handle)
-    drawing = nvml.ask("nvmlDeviceGetGraphicsRunningProcesses", handle)
-    if computing is None and drawing is None:
-        return None
-    found: dict[int, Process] = {}
-    for process, computes in [(p, False) for p in drawing or []] + [(p, True) for p in computing or []]:
-        # A program may do both, and then is listed twice with all that it holds.
-        twin = found.get(process.pid)
-        sizes = [process.usedGpuMemory, twin.memory_bytes if twin else None]
-        size = max((size for size in sizes if size is not None), default=None)
-        found[process.pid] = Process(process.pid, _process_name(nvml, process.pid), size, computes)
-    return sorted(found.values(), key=lambda process: -(process.memory_bytes or 0))
-
-
-def _process_name(nvml: Nvml, pid: int) -> str | None:
-    """The program's file name: what else is on its command line is nobody's business in a bug report.
-
-    Not from /proc: in a container the same number is another process.
-    """
-    name = nvml.ask("nvmlSystemGetProcessName", pid)
-    name = name.decode(errors="replace") if isinstance(name, bytes) else name
-    return name.split(" -")[0].rsplit("/", 1)[-1].strip() or None if name else None
 
 
 def _sysfs(pci: str, root: Path) -> Path:

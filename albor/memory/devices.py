@@ -12,7 +12,7 @@ from albor.config import RunConfig
 from albor.errors import ConfigError, Problem
 from albor.memory.cards import Hardware
 from albor.memory.host import cpu_has_bf16, host_capacity
-from albor.memory.nvml import installed_gpu
+from albor.memory.nvml import installed_gpu, no_gpu
 from albor.memory.outside import outside
 from albor.memory.plan import plan_training
 
@@ -22,9 +22,9 @@ def this_machine(device: Literal["auto", "cuda", "cpu"]) -> Hardware:
     host = host_capacity()
     installed = None if device == "cpu" else installed_gpu()
     if installed is not None:
-        return replace(installed, host_capacity_bytes=host)
+        return installed if installed.unified else replace(installed, host_capacity_bytes=host)
     if device == "cuda":
-        return Hardware("cuda", "CUDA, no GPU found", host_capacity_bytes=host)
+        return Hardware("cuda", f"CUDA, {no_gpu()}", host_capacity_bytes=host)
     return Hardware("cpu", "CPU, free host memory", capacity_bytes=host)
 
 

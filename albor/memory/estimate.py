@@ -87,10 +87,12 @@ class Estimate:
 
     @property
     def required_bytes(self) -> int:
-        """What the device's memory must hold. On the CPU, that is the host's, with all that is planned."""
+        """What the device's memory must hold. Where that is the host's, it is all that is planned."""
         needed = self.device_bytes + sum(self.outside.values())
         if self.plan.device == "cpu":
             needed += self.plan.size("host") + self.plan.size("pinned")
+        elif self.hardware.unified:
+            needed += self.required_host_bytes
         return needed
 
     @property
@@ -120,11 +122,22 @@ class Estimate:
         need = f"{format_bytes(needed)} {'of host memory ' if self._host_is_short else ''}needed"
         if capacity is None:
             ask = "; give --gpu NAME or --vram 24GiB" if self.plan.device == "cuda" else ""
+            if self.hardware.unified:
+                ask = "; it uses the host's memory: give what is free of that, --vram 100GiB"
             return f"unknown: {need}, and no capacity known{ask}"
         if needed <= capacity:
             return f"fits: {need}, {format_bytes(capacity)} available"
         over = format_bytes(needed - capacity)
         return f"does not fit: {need}, {format_bytes(capacity)} available, {over} too little"
+
+    @property
+    def held(self) -> str | None:
+        """Who else holds memory of the card, and whether that is what is missing; None: nobody does."""
+        text, capacity = self.hardware.held, self.hardware.capacity_bytes
+        if text is None or self.fits is not False or self._host_is_short or capacity is None:
+            return text
+        enough = self.required_bytes <= capacity + self.hardware.held_bytes
+        return f"{text}; {'without them it would fit' if enough else 'without them it would not fit either'}"
 
     @cached_property
     def suggestions(self) -> tuple[Suggestion, ...]:
@@ -161,6 +174,10 @@ class Estimate:
             "pinned_bytes": plan.size("pinned"),
             "host_bytes": plan.size("host"),
             "capacity_bytes": self.hardware.capacity_bytes,
+            "holders": [
+                {"pid": holder.pid, "name": holder.name, "bytes": holder.memory_bytes}
+                for holder in self.hardware.holders
+            ],
             "fits": self.fits,
             "peak_phase": plan.peak_phase,
             "groups": plan.groups,
@@ -204,7 +221,8 @@ def _asked(device: Literal["auto", "cuda", "cpu"], gpu: str | None, vram: int | 
     card = None if gpu is None else find_gpu(gpu)
     usable = card.usable_bytes if card else None
     capacity = usable if vram is None else vram
-    return Hardware("cuda", card.name if card else "CUDA", card, capacity)
+    unified = card is not None and card.unified
+    return Hardware("cuda", card.name if card else "CUDA", card, capacity, unified=unified)
 
 
 def plan_for_training(config: RunConfig) -> Estimate:
@@ -220,4 +238,5 @@ def check_fits(target: Estimate) -> None:
     """
     if target.fits is False:
         verdict = f"{target.hardware.description}: {target.verdict}"
-        raise DoesNotFit("\n".join([verdict, *target.advice]))
+        held = [f"Held: {target.held}."] if target.held else []
+        raise DoesNotFit("\n".join([verdict, *held, *target.advice]))

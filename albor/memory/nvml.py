@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from albor.memory.cards import Gpu, Hardware, matching_gpus
-from albor.units import format_bytes
+from albor.memory.cards import Gpu, Hardware, Process, matching_gpus
+from albor.memory.host import host_capacity
+from albor.units import MIB, format_bytes
 
 T = TypeVar("T")
 
@@ -36,21 +37,49 @@ def installed_gpu() -> Hardware | None:
         pynvml.nvmlShutdown()
     if not found:
         return None
-    name = " or ".join(dict.fromkeys(gpu.name for gpu, _ in found))
-    free = _common(free for _, free in found)
-    total = _common(gpu.usable_bytes for gpu, _ in found)
-    kind = _common(replace(gpu, usable_bytes=None) for gpu, _ in found)
-    capability = _common(gpu.compute_capability for gpu, _ in found)
-    if free is not None:
-        memory = f"{format_bytes(free)} free" + ("" if total is None else f" of {format_bytes(total)}")
-    elif len(found) > 1:
+    return found[0] if len(found) == 1 else _any_of(found)
+
+
+def _any_of(found: list[Hardware]) -> Hardware:
+    """What is known where CUDA takes one of `found`."""
+    cards = [one.gpu for one in found if one.gpu]
+    name = " or ".join(dict.fromkeys(card.name for card in cards))
+    free, total = _common(one.capacity_bytes for one in found), _common(card.usable_bytes for card in cards)
+    if free is None:
         memory = "memory unknown: CUDA chooses; set CUDA_VISIBLE_DEVICES to a UUID from `nvidia-smi -L`"
     else:
-        memory = "memory unknown to the driver"
-    gpu = None if capability is None else Gpu(name, total, capability, None, "NVML")
-    if kind is not None:
-        gpu = replace(kind, usable_bytes=total)
-    return Hardware("cuda", f"{name}, {memory}", gpu, free)
+        memory = f"{format_bytes(free)} free"
+    gpu = _common(replace(card, usable_bytes=total) for card in cards)
+    capability = _common(card.compute_capability for card in cards)
+    if gpu is None and capability is not None:
+        gpu = Gpu(name, total, capability, None, "NVML")
+    unified = all(one.unified for one in found)
+    return Hardware("cuda", f"{name}, {memory}", gpu, free, unified=unified)
+
+
+def no_gpu() -> str:
+    """Why `installed_gpu` finds none, and what would change that."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return "no GPU found"
+    try:
+        cards = [card for card in installed_cards(pynvml).values() if card is not None]
+        sliced = [card for card in cards if mig_instances(pynvml, card) == {}]
+    except pynvml.NVMLError as error:
+        return f"no GPU found: NVML says {error}"
+    finally:
+        pynvml.nvmlShutdown()
+    if not cards:
+        return "no GPU found"
+    if len(sliced) == len(cards):
+        return "no GPU: in MIG mode without an instance; `nvidia-smi mig -lgip` lists what can be made"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return "no GPU found: the driver lists one and does not answer for it; `albor doctor` says more"
+    return f"no GPU: CUDA_VISIBLE_DEVICES={visible!r} leaves none of {len(cards)}; `nvidia-smi -L` lists them"
 
 
 def _common(values: Iterable[T]) -> T | None:
@@ -59,19 +88,29 @@ def _common(values: Iterable[T]) -> T | None:
     return different.pop() if len(different) == 1 else None
 
 
-def _ask(pynvml: Any, device: CudaDevice) -> tuple[Gpu, int | None]:
-    """What NVML says of `device`, and its free bytes."""
+def _ask(pynvml: Any, device: CudaDevice) -> Hardware:
+    """What NVML says of `device`: its capacity is what is free."""
     name = pynvml.nvmlDeviceGetName(device.handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device.card)
     memory = read_memory(pynvml, device.handle)
     usable = None if memory is None else memory.total - (memory.reserved or 0)
     gpu = Gpu(name, usable, (major, minor), None, "NVML")
-    known = matching_gpus(name) if device.slot is None else []  # an instance has a part of the card's speed
-    if known:
-        gpu = replace(
-            known[0], name=name, usable_bytes=usable, compute_capability=(major, minor), source="NVML"
-        )
-    return gpu, None if memory is None else memory.free
+    known = [row for row in matching_gpus(name, usable) if bool(row.slice) == (device.slot is not None)]
+    if len(known) == 1:
+        row = known[0]
+        gpu = replace(row, name=name, usable_bytes=usable, compute_capability=(major, minor), source="NVML")
+    if gpu.unified:
+        # NVML refuses, or gives a number that leaves out what the host's programs and caches hold.
+        gpu, free = replace(gpu, usable_bytes=None), host_capacity()
+        memory_now = "unknown" if free is None else f"{format_bytes(free)} free"
+        return Hardware("cuda", f"{name}, with the host's memory: {memory_now}", gpu, free, unified=True)
+    if memory is None:
+        return Hardware("cuda", f"{name}, memory unknown to the driver", gpu)
+    holders = tuple(read_holdings(pynvml, device.handle, memory).holders)
+    whole = "" if usable is None else f" of {format_bytes(usable)}"
+    return Hardware(
+        "cuda", f"{name}, {format_bytes(memory.free)} free{whole}", gpu, memory.free, holders=holders
+    )
 
 
 @dataclass(frozen=True)
@@ -204,11 +243,88 @@ class DeviceMemory:
     reserved: int | None  # by the driver, which says so since version 510
     free: int
 
+    @property
+    def used(self) -> int:
+        """By programs, and by the driver where it does not say what it reserves."""
+        return self.total - (self.reserved or 0) - self.free
+
 
 def read_memory(pynvml: Any, handle: Any) -> DeviceMemory | None:
     """The memory of a card or an instance by its handle; None for a GPU that shares the host's."""
     for version in (pynvml.nvmlMemory_v2, None):  # the first version does not know what is reserved
         with suppress(pynvml.NVMLError):
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=version)
-            return DeviceMemory(memory.total, getattr(memory, "reserved", None), memory.free)
+            if memory.total:
+                return DeviceMemory(memory.total, getattr(memory, "reserved", None), memory.free)
+    return None
+
+
+UNEXPLAINED_BYTES = 256 * MIB  # less is the driver's own
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Who holds memory of a card, this process aside."""
+
+    processes: list[Process] | None  # the largest first; None: the driver does not list them
+    rest_bytes: int | None  # in use beyond what is known of each of them; None: the driver does not say
+
+    @property
+    def hidden_bytes(self) -> int | None:
+        """In use by none of `processes`; None where that cannot be told."""
+        if self.processes is None or any(process.memory_bytes is None for process in self.processes):
+            return None
+        return self.rest_bytes
+
+    @property
+    def holders(self) -> list[Process]:
+        """`processes`, and as one the rest, where that is more than the driver's own; the largest first."""
+        rest = self.rest_bytes or 0
+        unknown = [Process(None, None, rest)] if rest > UNEXPLAINED_BYTES else []
+        return _largest_first([*(self.processes or []), *unknown])
+
+
+def read_holdings(pynvml: Any, handle: Any, memory: DeviceMemory | None) -> Holdings:
+    """Who holds memory of the card or instance `handle`, of which `memory` was read.
+
+    Programs of other users and outside of a container are not listed, or without a name; under WSL, without a
+    size. What they hold together is known all the same.
+    """
+
+    def listed(kind: str) -> list[Any] | None:
+        # Older bindings lack functions.
+        with suppress(pynvml.NVMLError, AttributeError):
+            return list(getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses")(handle))
+        return None
+
+    computing, drawing = listed("Compute"), listed("Graphics")
+    found: dict[int, Process] = {}
+    for entry, computes in [(e, False) for e in drawing or []] + [(e, True) for e in computing or []]:
+        # A program may do both, and then is listed twice with all that it holds.
+        twin = found.get(entry.pid)
+        sizes = [entry.usedGpuMemory, twin.memory_bytes if twin else None]
+        size = max((size for size in sizes if size is not None), default=None)
+        found[entry.pid] = Process(entry.pid, _process_name(pynvml, entry.pid), size, computes)
+    rest = None
+    if memory is not None:
+        rest = max(0, memory.used - sum(process.memory_bytes or 0 for process in found.values()))
+    found.pop(os.getpid(), None)
+    silent = computing is None and drawing is None
+    return Holdings(None if silent else _largest_first(found.values()), rest)
+
+
+def _largest_first(processes: Iterable[Process]) -> list[Process]:
+    return sorted(processes, key=lambda process: -(process.memory_bytes or 0))
+
+
+def _process_name(pynvml: Any, pid: int) -> str | None:
+    """The program's file name: what else is on its command line is nobody's business in a bug report.
+
+    Not from /proc: in a container the same number is another process.
+    """
+    # Some names that drivers give are not UTF-8.
+    with suppress(pynvml.NVMLError, AttributeError, UnicodeDecodeError):
+        name = pynvml.nvmlSystemGetProcessName(pid)
+        name = name.decode(errors="replace") if isinstance(name, bytes) else name
+        return name.split(" -")[0].rsplit("/", 1)[-1].strip() or None if name else None
     return None

@@ -56,6 +56,8 @@ def render(estimate: Estimate, console: Console) -> None:
     if plan.device == "cuda":
         pinned, pageable = format_bytes(plan.size("pinned")), format_bytes(plan.size("host"))
         _print(console, f"Host     {pinned} page-locked, {pageable} not")
+    if estimate.held:
+        _print(console, f"Held     {estimate.held}")
     flops = estimate.architecture.flops_per_token(config.data.sequence_length)
     tokens = config.steps * config.tokens_per_step
     _print(console, f"Compute  {flops / 1e9:.2f} GFLOP per token, {flops * tokens:.2e} FLOP in all")

@@ -146,10 +146,7 @@ def train(
     with stop:
         from albor.train.run import print_outcome, run_training  # torch, which takes seconds
 
-        outcome = run_training(
-            run, given, target.plan, target.device, resume, console, stop,
-            as_json=as_json, peak_flops=target.peak_flops,
-        )  # fmt: skip
+        outcome = run_training(target, given, resume, console, stop, as_json=as_json)
     if as_json:
         print(json.dumps(outcome.as_json()))
     else:
@@ -158,7 +155,10 @@ def train(
 
 @app.command("vram-estimate")
 def vram_estimate(
-    config: ConfigPath,
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="The run's YAML file; not with --audit.", show_default=False),
+    ] = None,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Hold the plan against this card.")] = None,
     vram: Annotated[
@@ -178,6 +178,12 @@ def vram_estimate(
             metavar="FILE", help="Draw a picture too, of the phases or of the grid: .png, .svg or .pdf"
         ),
     ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Show what the run in this directory was planned to take, and what it took."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run will allocate, to the byte, and whether it fits. Needs no GPU, and touches none.
@@ -186,14 +192,27 @@ def vram_estimate(
     albor vram-estimate configs/pretrain-350m.yaml --gpu "RTX 4090"
     albor vram-estimate configs/pretrain-350m.yaml --vram 8GiB model.vocab_size=4K
     albor vram-estimate configs/pretrain-350m.yaml --json
+    albor vram-estimate --audit runs/pretrain-350m
     albor vram-estimate configs/pretrain-350m.yaml --gpu L4 --sweep --plot grid.png
     albor vram-estimate configs/pretrain-350m.yaml --gpu L4 --sweep train.recompute=none,block
 
     Exit code 4: it does not fit, and the nearest changes that would are shown; with --sweep,
     no cell fits. A picture replaces none that albor did not draw.
+    With --audit, exit code 1: the run took more than it should have.
     """
     from albor.configfile import load_config
     from albor.memory.report import run_estimate
+
+    if audit is not None:
+        others = {"CONFIG": config, "--gpu": gpu, "--vram": vram, "--sweep": sweep or None, "--plot": plot}
+        for name in (name for name, value in others.items() if value is not None):
+            problem = "is given with --audit, which reads all that it needs from the run"
+            raise ConfigError([Problem(name, problem, "leave one of them out", "command line")])
+        from albor.memory.audit import run_audit
+
+        raise typer.Exit(run_audit(audit, as_json, _console()))
+    if config is None:
+        raise typer.BadParameter("give a configuration, or --audit RUN", param_hint="CONFIG")
     from albor.memory.sweep_report import run_sweep
 
     if gpu is not None and vram is not None:

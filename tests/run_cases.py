@@ -129,12 +129,12 @@ def tree(directory: Path) -> dict[str, str]:
 
 
 def bits(run: Path) -> dict[str, Any]:
-    """All that must be equal between two runs of one configuration: every number but the clock's and
-    the process's, and every byte of the newest checkpoint, which must verify, but the run's name."""
+    """All that must be equal between two runs that learn the same: every number but the clock's and those
+    of memory, and every byte of the newest checkpoint, which must verify, but the run's name."""
     newest = find_latest(run / "checkpoints")
     assert newest is not None
-    unlike = ("train/tokens_per_second", "train/mfu", "memory/process")
-    measured = [{key: value for key, value in row.items() if key not in unlike} for row in rows(run)]
+    unlike = ("train/tokens_per_second", "train/mfu", "memory/")
+    measured = [{key: value for key, value in row.items() if not key.startswith(unlike)} for row in rows(run)]
     named = ("config.yaml", "manifest.json")
     saved = {name: digest for name, digest in tree(newest).items() if name not in named}
     return {"step": newest.name, "saved": saved, "rows": measured}

@@ -225,7 +225,7 @@ def test_a_stop_saves_says_why_and_goes_on_once_the_rule_is_gone(config: Path, w
     )
     assert len(result.err.splitlines()) == 1
     assert checkpoints(RUN)[-1] == step
-    assert [event["event"] for event in events(RUN)][-2:] == ["alert", "checkpoint"]
+    assert [event["event"] for event in events(RUN)][-3:] == ["alert", "checkpoint", "memory"]
     for _ in range(2):
         again = train(config, rule)
         assert (again.code, again.err) == (1, result.err)

@@ -25,6 +25,7 @@ ROWS = (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
         "memory.cards", "memory.nvml", "memory.host", "memory.outside", "memory.devices", "memory.suggest",
         "memory.estimate", "memory.sweep", "memory.plot", "memory.report", "memory.sweep_report",
+        "memory.process", "memory.audit",
     ),
     ("memory.arena", "memory.shortage"),
     ("ops",),
@@ -41,7 +42,7 @@ ROWS = (
     ),
     ("evaluate", "generate", "export"),
     ("train.rehearsal", "train.run_directory", "train.session", "train.saver", "train.spikes",
-        "train.divergence", "train.loop", "train.run",
+        "train.divergence", "train.memory_record", "train.loop", "train.run",
         "train.verify_resume", "canary"),
     ("doctor",),
     ("bench",),
@@ -64,7 +65,7 @@ WITHOUT_TORCH = (
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
     "memory.host", "memory.outside", "memory.devices",
     "memory.suggest", "memory.estimate", "memory.sweep", "memory.plot", "memory.report",
-    "memory.sweep_report", "doctor.report", "cli",
+    "memory.sweep_report", "memory.process", "memory.audit", "doctor.report", "cli",
 )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ At one step, saving comes before evaluating: a failure in an evaluation never co
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from albor.model.decode import Decoder
 from albor.seeds import derive_seed
 from albor.train.display import Display
 from albor.train.divergence import NOT_FINITE, Divergence
+from albor.train.memory_record import MemoryRecord
 from albor.train.metrics import MetricsLog, known_metrics
 from albor.train.saver import Saver
 from albor.train.session import Session
@@ -64,10 +64,11 @@ class Loop:
         log: MetricsLog,
         display: Display,
         stop: StopRequest,
+        memory: MemoryRecord,
         peak_flops: float | None = None,
     ):
         self.session, self.log, self.display, self.stop = session, log, display, stop
-        self.peak_flops = peak_flops
+        self.memory, self.peak_flops = memory, peak_flops
         self.clock = Clock()
         self.saver = Saver(session, log, display, stop)
         self.divergence = Divergence(session, log, display.message)
@@ -102,6 +103,7 @@ class Loop:
         self.clock.tokens += session.config.tokens_per_step
         self.divergence.follow(result, before, position)
         self._after_step(result)
+        self.memory.after_step(session.state.step)
 
     def _after_step(self, result: StepResult) -> None:
         config, step = self.session.config, self.session.state.step
@@ -183,8 +185,7 @@ class Loop:
             "train/tokens_per_second": rate,
             "train/mfu": rate * flops / self.peak_flops if rate and self.peak_flops else None,
             "train/epoch": max(session.loader.epochs()),
-            "memory/planned": float(session.trainer.arena.plan.size("device")),
-            "memory/process": _resident_bytes(),
+            **self.memory.row(),
         }
         row |= {f"gradients/{group}": norm for group, norm in result.gradient_norms.items()}
         self.log.row(session.state.step, session.tokens, row)
@@ -312,12 +313,3 @@ def draw_samples(session: Session, stop: StopRequest) -> list[Sample]:
         else:
             samples.append(Sample(prompt, generation.text))
     return samples
-
-
-def _resident_bytes() -> float | None:
-    """Memory of this process that is in RAM, in bytes; None where the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return float(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None

@@ -7,7 +7,7 @@ import math
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,11 +20,13 @@ from albor.data.loader import validation_batches
 from albor.data.prepare import PreparedData, check_horizon, prepare
 from albor.errors import AlborError, Alert, ConfigError, Diverged, Interrupted, Problem
 from albor.evaluate.validation import Validation
-from albor.memory.plan import MemoryPlan
+from albor.memory.estimate import Estimate
+from albor.memory.process import CardProcess
 from albor.memory.shortage import is_out_of_memory
 from albor.progress import show_progress
 from albor.train.display import Display, make_display
 from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
+from albor.train.memory_record import MemoryRecord
 from albor.train.metrics import MetricsLog
 from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
 from albor.train.run_directory import claim, replace_file, run_directory, write_description
@@ -71,23 +73,21 @@ class Outcome:
 
 
 def run_training(
-    config: RunConfig,
+    target: Estimate,
     given: str,
-    plan: MemoryPlan,
-    device: Literal["cpu", "cuda"],
     resume: str,
     console: Console,
     stop: StopRequest,
     *,
     as_json: bool = False,
-    peak_flops: float | None = None,
 ) -> Outcome:
-    """Trains `config` to its end, from its newest checkpoint if there is one.
+    """Trains the configuration of `target` to its end, from its newest checkpoint if there is one.
 
-    `given` is the configuration's text as the user wrote it; `plan` has been checked against the machine;
+    `given` is the configuration's text as the user wrote it; `target` has been checked against the machine;
     `stop` has been entered. Raises an AlborError for everything that a user can mend; whatever ends the run
     is recorded in events.jsonl.
     """
+    config, plan, device = target.config, target.plan, target.device
     say = Display(console).message
     directory = run_directory(config)
     if faults.ACTIVE:
@@ -95,6 +95,7 @@ def run_training(
     if device == "cuda" and not torch.cuda.is_available():
         remedy = "install a driver that PyTorch finds, or set device to cpu"
         raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
+    card = CardProcess() if device == "cuda" else None  # before anything else uses the card
     stop.limit.set(config, checkpoint_bytes(plan))
     with claim(directory, say):
         sources = find_checkpoints(config, resume, say)
@@ -114,10 +115,11 @@ def run_training(
         source = session.resumed_from
         changes = changes_since(config, source) if source else []
         preflight(session, say)
-        write_description(directory, config, given, plan)
+        write_description(directory, given, target)
         step = session.state.step
         display = make_display(console, config.steps, first_step=step, title=config.name, json=as_json)
         log = MetricsLog(directory, on_failure=display.message)
+        memory = MemoryRecord(target, session.trainer.arena, log, card)
         if faults.ACTIVE:
             log.event("faults", step, faults=faults.ACTIVE)
         log.event("resumed" if source else "started", step, source=str(source) if source else None)
@@ -132,7 +134,7 @@ def run_training(
         try:
             with display:
                 stop.defer()
-                outcome = _train_and_report(session, log, display, stop, peak_flops)
+                outcome = _train_and_report(session, log, display, stop, memory, target.peak_flops)
             (directory / "eval").mkdir(exist_ok=True)
             replace_file(directory / "eval" / "final.json", json.dumps(outcome.as_json(), indent=1) + "\n")
         except (Interrupted, Diverged, Alert):
@@ -157,9 +159,14 @@ def _explain_shortage(error: BaseException, session: Session) -> str:
 
 
 def _train_and_report(
-    session: Session, log: MetricsLog, display: Display, stop: StopRequest, peak_flops: float | None
+    session: Session,
+    log: MetricsLog,
+    display: Display,
+    stop: StopRequest,
+    memory: MemoryRecord,
+    peak_flops: float | None,
 ) -> Outcome:
-    loop = Loop(session, log, display, stop, peak_flops)
+    loop = Loop(session, log, display, stop, memory, peak_flops)
     try:
         loop.run()
         return _report(session, log, stop)
@@ -167,6 +174,7 @@ def _train_and_report(
         raise loop.save_and_stop() from None
     finally:
         loop.saver.close()
+        memory.at_end(session.state.step)
 
 
 def _check_prompts(config: RunConfig, data: PreparedData) -> list[Problem]:

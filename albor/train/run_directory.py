@@ -20,6 +20,7 @@ from albor import __version__, durable
 from albor.config import RunConfig
 from albor.configfile import dump_config
 from albor.errors import AlborError
+from albor.memory.estimate import Estimate
 from albor.memory.plan import MemoryPlan
 
 _LOCK = ".lock"  # held while a process trains in the directory; stays there, empty
@@ -81,20 +82,25 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int | None:
         os.close(handle)  # its last owner has removed it since we opened it
 
 
-def write_description(directory: Path, config: RunConfig, given: str, plan: MemoryPlan) -> None:
+def write_description(directory: Path, given: str, target: Estimate) -> None:
     """Writes config.yaml (as given), config.resolved.yaml, plan.json and env.json."""
     replace_file(directory / "config.yaml", given)
-    replace_file(directory / "config.resolved.yaml", dump_config(config))
-    replace_file(directory / "plan.json", json.dumps(_plan_json(plan), indent=1) + "\n")
-    replace_file(directory / "env.json", json.dumps(_environment(plan), indent=1) + "\n")
+    replace_file(directory / "config.resolved.yaml", dump_config(target.config))
+    replace_file(directory / "plan.json", json.dumps(_plan_json(target), indent=1) + "\n")
+    replace_file(directory / "env.json", json.dumps(_environment(target.plan), indent=1) + "\n")
 
 
-def _plan_json(plan: MemoryPlan) -> dict[str, Any]:
+def _plan_json(target: Estimate) -> dict[str, Any]:
+    plan = target.plan
     return {
+        "hardware": target.hardware.description,
         "device": plan.device,
         "compute_dtype": plan.compute_dtype,
         "accumulator": plan.accumulator,
+        "attention": asdict(plan.attention),
         **{f"{place}_bytes": plan.size(place) for place in ("device", "pinned", "host")},
+        "required_bytes": target.required_bytes,
+        "outside": [asdict(item) for item in target.outside_items],
         "peak_phase": plan.peak_phase,
         "groups": plan.groups,
         "phases": plan.phases,

@@ -1,0 +1,139 @@
+"""What a run was planned to take, beside what it takes: `memory/*` in every row, and an event `memory`.
+
+The event comes after the tenth step of a process, when every kernel has been used, evaluations and samples
+of these steps included, and when the process ends. It names every component that the plan has, with `planned`
+and `measured` bytes and `how` the second was read. What cannot be read is null, with the reason.
+`albor vram-estimate --audit` shows it.
+
+Nothing here waits for the device, and the driver is asked once a second at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import get_args
+
+import torch
+
+from albor.memory.arena import Arena
+from albor.memory.audit import ARENA, END, EVENT, PEAK, PROCESS, TENTH_STEP
+from albor.memory.estimate import Estimate
+from albor.memory.plan import Place
+from albor.memory.process import CardProcess, Reading, peak_resident, resident
+from albor.train.metrics import MetricsLog
+
+STEPS_UNTIL_STEADY = 10
+_SECONDS_BETWEEN_READINGS = 1.0  # of the driver
+
+
+@dataclass(frozen=True)
+class _Component:
+    planned: int
+    measured: int | None
+    how: str
+
+
+class MemoryRecord:
+    """Holds the plan of a process's training against what it has. `card` is None on a CPU."""
+
+    def __init__(self, target: Estimate, arena: Arena, log: MetricsLog, card: CardProcess | None):
+        self._target, self._arena, self._log, self._card = target, arena, log, card
+        self._steps = 0
+        self._largest: int | None = None  # of the readings so far
+        self._peak_before = peak_resident().bytes
+
+    def row(self) -> dict[str, float | None]:
+        """The metrics of a row."""
+        reserved, process = self._reserved(), self._process(_SECONDS_BETWEEN_READINGS).bytes
+        return {
+            "memory/planned": float(self._target.required_bytes),
+            "memory/arena": float(self._slab("device")),
+            "memory/reserved": None if reserved is None else float(reserved),
+            "memory/process": None if process is None else float(process),
+        }
+
+    def after_step(self, step: int) -> None:
+        """Counts the process's steps, of which the last was the run's `step`."""
+        self._steps += 1
+        if self._steps == STEPS_UNTIL_STEADY:
+            self._write(step, TENTH_STEP)
+
+    def at_end(self, step: int) -> None:
+        """Comes once, when the process is done with the run, for whatever reason; without a step in it there
+        is nothing to say.
+        """
+        if self._steps:
+            self._write(step, END)
+        if self._card is not None:
+            self._card.close()
+
+    def _write(self, step: int, moment: str) -> None:
+        components = {name: asdict(component) for name, component in self._components().items()}
+        target = self._target
+        self._log.event(
+            EVENT, step, moment=moment, device=target.device, calibrated=_is_calibrated(target),
+            components=components,
+        )  # fmt: skip
+
+    def _components(self) -> dict[str, _Component]:
+        target, plan = self._target, self._target.plan
+        found = {
+            f"{ARENA}{place}": _Component(plan.size(place), self._slab(place), "size of the slab")
+            for place in get_args(Place)
+            if plan.size(place) or self._slab(place)
+        }
+        process = self._process()
+        part = "not told apart from the rest of "
+        for item in target.outside_items:
+            within = "the allocator" if item.pooled else "what is beside it" if self._card else "the process"
+            found[item.name] = _Component(item.bytes, None, part + within)
+        if self._card is not None:
+            found |= self._of_the_card(process)
+        required = target.required_bytes
+        found[PROCESS] = _Component(required, process.bytes, process.how)
+        if self._card is None:
+            found[PEAK] = _Component(required, *self._peak())
+        else:
+            how = f"the largest of the readings; {process.how}"
+            found[PEAK] = _Component(required, self._largest, how)
+            found["host memory, peak"] = _Component(target.required_host_bytes, *self._peak())
+        return found
+
+    def _of_the_card(self, process: Reading) -> dict[str, _Component]:
+        """What PyTorch's allocator has of it, and what the driver has beside that."""
+        pooled = sum(item.bytes for item in self._target.outside_items if item.pooled)
+        beside = sum(item.bytes for item in self._target.outside_items if not item.pooled)
+        reserved = torch.cuda.memory_reserved()
+        allocator = self._target.device_bytes + pooled
+        rest = None if process.bytes is None else process.bytes - reserved
+        return {
+            "allocator": _Component(
+                allocator, torch.cuda.max_memory_reserved(), "torch.cuda.max_memory_reserved"
+            ),
+            "beside the allocator": _Component(
+                beside, rest, "the process less torch.cuda.memory_reserved" if process.bytes else process.how
+            ),
+        }
+
+    def _slab(self, place: str) -> int:
+        return self._arena.slabs[place].untyped_storage().nbytes()
+
+    def _reserved(self) -> int | None:
+        return None if self._card is None else torch.cuda.memory_reserved()
+
+    def _process(self, max_age: float = 0.0) -> Reading:
+        reading = resident() if self._card is None else self._card.read(max_age)
+        if reading.bytes is not None:
+            self._largest = max(self._largest or 0, reading.bytes)
+        return reading
+
+    def _peak(self) -> tuple[int | None, str]:
+        """Of resident memory; the data may have been prepared in this process too."""
+        peak = peak_resident()
+        if peak.bytes is not None and peak.bytes == self._peak_before:
+            return peak.bytes, f"{peak.how}; reached before the first step, when data were prepared or read"
+        return peak.bytes, peak.how
+
+
+def _is_calibrated(target: Estimate) -> bool:
+    return any(item.basis == "measured" for item in target.outside_items)

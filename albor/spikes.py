@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from albor.errors import AlborError, ConfigError, Problem
+from albor.runlog import EVENTS, read_rows
 from albor.strictjson import from_json, read_bounded
 
 SPIKES = "spikes"  # where a run directory keeps them
@@ -21,6 +22,8 @@ FORMAT = 1
 
 _FILE_NAME = re.compile(r"step-([0-9]{8,})(?:-rollback-([0-9]+))?\.json")
 _SHOWN_CHARACTERS = 600  # of a sequence's text; --json has all
+_SHOWN_STEPS = 20  # of those without a file
+_NOT_KEPT = "not kept (divergence.keep_spikes, or a disk that had no room)"
 _REMEDY = "give a run directory, such as runs/my-run"
 
 Spike = dict[str, Any]
@@ -67,6 +70,8 @@ def inspect_spikes(run: Path, step: int | None, *, as_json: bool) -> Iterator[st
         if not of_step:
             steps = dict.fromkeys(str(number) for number, _ in found)
             there = f"there are {', '.join(steps)}" if found else f"{run} has none"
+            if step in _steps_in_log(run):
+                there += f"; {_NOT_KEPT}"
             problem = Problem("--step", f"nothing is kept of step {step}; {there}", "", "command line")
             raise ConfigError([problem])
         *earlier, last = map(read_spike, of_step)
@@ -84,29 +89,52 @@ def inspect_spikes(run: Path, step: int | None, *, as_json: bool) -> Iterator[st
             spikes.append(read_spike(path))
         except AlborError as error:
             unreadable.append(str(error))
+    not_kept = sorted(_steps_in_log(run) - {number for number, _ in found})
     if as_json:
         summaries = [{key: value for key, value in spike.items() if key != "sequences"} for spike in spikes]
-        yield json.dumps({"run": str(run), "spikes": summaries, "unreadable": unreadable})
+        yield json.dumps(
+            {"run": str(run), "spikes": summaries, "unreadable": unreadable, "not_kept": not_kept}
+        )
         return
     if spikes:
         yield from _table([_HEADINGS, *map(_row, spikes)])
         yield ""
         command = shlex.join(["albor", "inspect-spike", str(run), "--step", str(spikes[-1]["step"])])
         yield f"{command} shows what was in the batch"
-    elif not unreadable:
+    elif not unreadable and not not_kept:
         yield f"{run}: no step was skipped or clipped"
+    if not_kept:
+        named = ", ".join(map(str, not_kept[:_SHOWN_STEPS]))
+        more = f" and {len(not_kept) - _SHOWN_STEPS:,} more" if len(not_kept) > _SHOWN_STEPS else ""
+        yield f"skipped or clipped as well, and {_NOT_KEPT}: steps {named}{more}"
     yield from unreadable
 
 
-_HEADINGS = ("step", "verdict", "action", "loss", "z", "norm", "z", "largest norm in")
+def _steps_in_log(run: Path) -> set[int]:
+    """The steps that events.jsonl says were skipped or clipped, whether or not a file tells of them."""
+    try:
+        return {
+            row["step"]
+            for row in read_rows(run / EVENTS)
+            if row.get("event") in ("skipped_step", "spike") and type(row.get("step")) is int
+        }
+    except OSError as error:
+        raise AlborError(f"{run / EVENTS}: cannot be read: {error.strerror or error}") from error
+
+
+_HEADINGS = ("step", "rollbacks", "verdict", "action", "loss", "z", "norm", "z", "largest norm in")
 
 
 def _row(spike: Spike) -> tuple[str, ...]:
     window, norms = spike["window"], spike["gradient_norms"]
     parts = {group: norm for group, norm in norms.items() if "/" in group or f"{group}/mlp" not in norms}
-    largest = max(parts, key=lambda group: _rank(_size(parts[group])), default="-")
+    sizes = {group: _rank(_size(norm)) for group, norm in parts.items()}
+    largest = max(sizes, key=lambda group: sizes[group], default="-")
+    if len(sizes) > 1 and min(sizes.values()) == math.inf:
+        largest = "all"
     return (
-        str(spike["step"]), spike["verdict"], spike["action"], _show(spike["loss"]), _zscore(window["loss"]),
+        str(spike["step"]), str(spike["rollbacks"]), spike["verdict"], spike["action"],
+        _show(spike["loss"]), _zscore(window["loss"]),
         _show(spike["grad_norm"]), _zscore(window["grad_norm"]), largest,
     )  # fmt: skip
 

@@ -16,8 +16,9 @@ from albor.checkpoint import checkpoint_name
 from albor.config import RunConfig
 from albor.configfile import dump_config, load_config
 from albor.errors import ConfigError
+from albor.runlog import read_rows
 from albor.train.loop import Loop
-from albor.train.metrics import MetricsLog, known_metrics, read_rows
+from albor.train.metrics import MetricsLog, known_metrics
 
 RUN = Path("runs/tiny")
 

@@ -72,6 +72,18 @@ def test_one_bad_step_makes_no_other_one_look_bad(bad: tuple[float, float], on_s
     assert (state.skipped, state.skips, state.spikes) == (1, (), 0)
 
 
+@pytest.mark.parametrize("bad", [(0.0, 1.0), (3.0, 0.0), (0.0, 0.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_zero_is_no_loss_and_no_gradient_but_of_a_step_without_targets(bad: tuple[float, float], dtype: str):
+    """In fp16 neither: a smaller loss scale would make more zeros."""
+    policy, state = DivergenceConfig(), GuardState.initial(dtype)
+    verdict, after = judge(state, 1, *bad, policy, dtype)
+    assert verdict == Verdict("zero", False)
+    assert after == replace(state, skips=(1,), skipped=1)
+    assert judge(state, 1, *bad, policy, dtype, has_targets=False)[0].kind == "good"
+    assert judge(state, 1, 1e-30, 1e-30, policy, dtype)[0].kind == "good"
+
+
 def test_skips_are_counted_over_the_last_steps_and_no_longer():
     policy = DivergenceConfig(max_skips=3, window_steps=10)
     state, due = GuardState(), []
@@ -221,6 +233,12 @@ def poison_moment(trainer: Trainer) -> None:
     trainer.arena["moments.second"][7] = math.inf
 
 
+def nothing_computed(trainer: Trainer) -> None:
+    """As if no kernel had written anything."""
+    trainer.arena["io.results"][:1].zero_()
+    trainer.accumulator.sums.zero_()
+
+
 def enlarge(trainer: Trainer) -> None:
     """Loss and gradient are a hundred times what they are."""
     trainer.arena["io.results"][:1].mul_(100)
@@ -314,10 +332,10 @@ def rolled_back(config: Path) -> dict[str, Any]:
     return bits(config.parent / "runs/rolled")
 
 
-def row_10_goes_back(config: Path) -> None:
+def row_10_goes_back(config: Path, act: Callable[[Trainer], None] = poison_gradient) -> None:
     """To the weights of the last checkpoint, on with the data behind the bad ones: the bits of a run that was
     told to leave them out."""
-    with bad_samples(WINDOW, poison_gradient):
+    with bad_samples(WINDOW, act):
         result = train(config)
     assert result.code == 0
     skipped, (rollback,) = events(RUN, "skipped_step"), events(RUN, "rollback")
@@ -451,8 +469,9 @@ def forge(directory: Path, name: str = "optimizer") -> None:
     checkpoint.verify(directory)
 
 
-def test_row_10_goes_back(config: Path):
-    row_10_goes_back(config)
+@pytest.mark.parametrize("act", [poison_gradient, nothing_computed])
+def test_row_10_goes_back(config: Path, act: Callable[[Trainer], None]):
+    row_10_goes_back(config, act)
 
 
 def test_row_10_survives_kills(config: Path, rolled_back: dict[str, Any]):
@@ -674,12 +693,16 @@ def whole_and_resumed(config: Path, rolled_back: dict[str, Any]) -> None:
 
 
 def every_step_updates(patch: Patch) -> None:
-    patch.setattr("albor.train.step.judge", lambda state, *_: (Verdict("good", True), state))
+    patch.setattr("albor.train.step.judge", lambda state, *_, **__: (Verdict("good", True), state))
+
+
+def zero_is_a_good_step(patch: Patch) -> None:
+    patch.setattr("albor.train.step.judge", lambda *given, has_targets: judge(*given, has_targets=False))
 
 
 def a_nan_enters_the_windows(patch: Patch) -> None:
-    def poisoned(state: GuardState, step: int, loss: float, norm: float, *rest: Any) -> Any:
-        verdict, after = judge(state, step, loss, norm, *rest)
+    def poisoned(state: GuardState, step: int, loss: float, norm: float, *rest: Any, **keywords: Any) -> Any:
+        verdict, after = judge(state, step, loss, norm, *rest, **keywords)
         return verdict, replace(after, losses=(*state.losses, loss), norms=(*state.norms, norm))
 
     patch.setattr("albor.train.step.judge", poisoned)
@@ -742,6 +765,7 @@ def everything_is_finite(patch: Patch) -> None:
 
 GUARDS: dict[str, tuple[Row, Callable[[Patch], None]]] = {
     "a step that is not finite changes nothing": (lambda c, _: row_10_goes_back(c), every_step_updates),
+    "zero is no good step": (lambda c, _: row_10_goes_back(c, nothing_computed), zero_is_a_good_step),
     "no NaN in the windows": (lambda c, _: row_10_goes_back(c), a_nan_enters_the_windows),
     "skipped steps are in the checkpoint": (row_10_survives_stops, forgets(skips=())),
     "rollbacks are in the checkpoint": (row_10_survives_kills, forgets(rollbacks=0)),

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from checkpoint_cases import exit_code_of, fork
 
-from albor.train.metrics import MetricsLog, read_rows
+from albor.runlog import read_rows
+from albor.train.metrics import MetricsLog
 
 
 def _lines(path: Path) -> list[dict[str, object]]:

@@ -369,6 +369,20 @@ def test_norm_of_a_non_finite_gradient_is_not_finite(bad: float, place: int):
     assert not math.isfinite(ops.norm(flat))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_largest_number_is_finite_and_one_beyond_it_is_not(dtype: torch.dtype):
+    """Wherever it lies; a moment of 1e20 is a large number whose square is none."""
+    flat = torch.full((9001,), torch.finfo(dtype).max, dtype=dtype)
+    flat[::2] *= -1
+    assert ops.is_finite(flat)
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in (0, 4097, -1):
+            poisoned = flat.clone()
+            poisoned[place] = bad
+            assert not ops.is_finite(poisoned)
+    assert ops.is_finite(flat[:1])
+
+
 @pytest.mark.parametrize("decayed", [0, 700, 1003])
 def test_adamw_equals_torch_over_20_steps(empty: Empty, decayed: int):
     keys = {"betas": (0.8, 0.95), "eps": 1e-6}

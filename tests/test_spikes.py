@@ -207,8 +207,9 @@ def test_the_list_is_a_line_for_each_step(run: Path):
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
     assert [part.strip() for part in lines[0].split("  ") if part] == [
-        *("step", "verdict", "action", "loss", "z", "norm", "z", "largest norm in")
+        *("step", "rollbacks", "verdict", "action", "loss", "z", "norm", "z", "largest norm in")
     ]
+    assert [line.split()[1] for line in lines[1:7]] == ["0"] * 5 + ["1"]
     assert [line.split()[0] for line in lines[1:7]] == ["6", "11", "12", "13", "14", "20"]
     assert "rolled back to step 8" in lines[5]
     assert lines[1].split()[-1] == "embedding"
@@ -271,6 +272,31 @@ def test_a_run_without_any_says_so(config: Path):
     assert (result.code, "runs/tiny has none" in result.err) == (2, True)
 
 
+@pytest.mark.parametrize("kept", ["divergence.keep_spikes=0", "divergence.keep_spikes=2"])
+def test_steps_whose_batch_is_not_kept_are_named_all_the_same(kept: str, config: Path):
+    with bad_samples(WINDOW, poison_loss):
+        assert train(config, kept).code == 0
+    gone = [10, 11, 12, 13, 14][: 5 - int(kept[-1])]
+    result = call("inspect-spike", RUN)
+    assert (result.code, "no step was skipped" in result.out) == (0, False)
+    assert result.out.splitlines()[-1] == (
+        "skipped or clipped as well, and not kept (divergence.keep_spikes, or a disk that had no room): "
+        f"steps {', '.join(map(str, gone))}"
+    )
+    assert json.loads(call("inspect-spike", RUN, "--json").out)["not_kept"] == gone
+    assert "no room)" in call("inspect-spike", RUN, "--step", 10).err
+    assert "no room)" not in call("inspect-spike", RUN, "--step", 9).err
+
+
+@pytest.mark.parametrize(("bad", "shown"), [(["a", "b/attention", "b/mlp"], "all"), (["b/mlp"], "b/mlp")])
+def test_where_everything_is_nan_no_part_is_named_for_the_rest(bad: list[str], shown: str, run: Path):
+    norms = dict.fromkeys(["a", "b", "b/attention", "b/mlp"], 1.0) | dict.fromkeys(bad, "nan")
+    (RUN / "spikes").mkdir(parents=True)
+    spike = read(run, 6) | {"gradient_norms": norms}
+    (RUN / "spikes" / spikes.spike_name(6)).write_text(json.dumps(spike))
+    assert call("inspect-spike", RUN).out.splitlines()[1].split()[-1] == shown
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -294,7 +320,7 @@ def test_a_file_that_a_run_did_not_write_is_named(content: str, run: Path):
         spikes.read_spike(path)
     result = call("inspect-spike", RUN)
     assert result.code == 0
-    assert "12    non-finite" in result.out
+    assert result.out.splitlines()[1].split()[:3] == ["12", "0", "non-finite"]
     assert f"{path}: not what a run writes" in result.out
     result = call("inspect-spike", RUN, "--step", 3)
     assert (result.code, "Traceback" in result.err) == (1, False)

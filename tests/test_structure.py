@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     (
         "__init__", "errors", "units", "seeds", "progress", "faults", "strictjson", "alerts", "spikes",
-        "durable", "kernels",
+        "durable", "runlog", "kernels",
     ),
     ("yamlcore", "config", "configfile", "architecture", "floor"),
     (
@@ -61,7 +61,7 @@ STRANGERS = (
 
 WITHOUT_TORCH = (
     "errors", "units", "faults", "alerts", "spikes", "config", "configfile", "architecture", "floor",
-    "memory.packing",
+    "runlog", "memory.packing",
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
     "memory.host", "memory.outside", "memory.devices",
     "memory.suggest", "memory.estimate", "memory.sweep", "memory.plot", "memory.report",

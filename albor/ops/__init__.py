@@ -11,10 +11,13 @@ import torch
 
 from albor.memory.arena import Arena
 from albor.ops.base import Documents, Ops, UpdateScalars
-from albor.ops.flat import accumulate, norm, rotary_tables
+from albor.ops.flat import accumulate, is_finite, norm, rotary_tables
 from albor.ops.torch_ops import TorchOps
 
-__all__ = ["Documents", "Ops", "TorchOps", "UpdateScalars", "accumulate", "make_ops", "norm", "rotary_tables"]
+__all__ = [
+    "Documents", "Ops", "TorchOps", "UpdateScalars",
+    "accumulate", "is_finite", "make_ops", "norm", "rotary_tables",
+]  # fmt: skip
 
 
 def make_ops(arena: Arena) -> Ops:

@@ -1,4 +1,6 @@
-"""Arithmetic that no arena's scratch is needed for: rotary tables, and sums and norms in host memory."""
+"""Arithmetic that no arena's scratch is needed for: rotary tables, sums and norms in host memory, and whether
+a buffer is finite.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +44,10 @@ def norm(flat: torch.Tensor) -> float:
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1)
     rest = torch.linalg.vector_norm(flat[whole:])
     return math.hypot(float(torch.linalg.vector_norm(rows, dtype=torch.float64)), float(rest))
+
+
+def is_finite(flat: torch.Tensor) -> bool:
+    """Whether a flat buffer holds neither NaN nor infinity. Nothing is squared, which may overflow, and all
+    that is written is its smallest and its largest element. Both are NaN where one is.
+    """
+    return all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(flat)).tolist())

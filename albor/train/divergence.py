@@ -55,7 +55,7 @@ class Divergence:
             return None
         return (
             f"{len(guard.skips)} of the last {policy.window_steps} steps had a loss or gradient norm that is "
-            f"not finite (steps {', '.join(map(str, guard.skips))})"
+            f"not finite, or zero (steps {', '.join(map(str, guard.skips))})"
         )
 
     def roll_back(self, reason: str) -> None:

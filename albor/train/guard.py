@@ -28,10 +28,10 @@ class GuardState:
 
     loss_scale: float = 1.0  # of fp16; bf16 and fp32 have none
     good_steps: int = 0  # finite ones since the loss scale last changed
-    skips: tuple[int, ...] = ()  # of the last window_steps steps, those skipped for a non-finite value
+    skips: tuple[int, ...] = ()  # of the last window_steps steps, the unusable ones
     losses: tuple[float, ...] = ()  # of the last spike_window finite steps, a spike's cut at the threshold
     norms: tuple[float, ...] = ()  # gradient norms, likewise
-    skipped: int = 0  # steps that were skipped for a non-finite value, in the whole run
+    skipped: int = 0  # unusable steps, in the whole run
     spikes: int = 0  # steps that were spikes, in the whole run
     rollbacks: int = 0
     # The step of the newest checkpoint that the run's cadence saved, where a rollback goes. One that a signal
@@ -76,16 +76,26 @@ def _items(value: Mapping[str, Any], key: str) -> list[Any]:
 class Verdict(NamedTuple):
     """What becomes of a step."""
 
-    kind: Literal["good", "non-finite", "loss scale", "spike"]
+    kind: Literal["good", "non-finite", "zero", "loss scale", "spike"]
     updates: bool  # False: weights, moments and bias correction stay as they are
     largest_norm: float = math.inf  # the gradient is scaled down to this norm
 
 
 def judge(
-    state: GuardState, step: int, loss: float, norm: float, policy: DivergenceConfig, compute_dtype: str
+    state: GuardState,
+    step: int,
+    loss: float,
+    norm: float,
+    policy: DivergenceConfig,
+    compute_dtype: str,
+    *,
+    has_targets: bool = True,
 ) -> tuple[Verdict, GuardState]:
     """The verdict on `step` with this loss and gradient norm, and the state after it.
 
+    Unusable, and skipped, is a step whose loss or norm is not finite; and one whose loss is not above zero or
+    whose norm is zero, unless it has no targets: cross-entropy does not come to that, but memory that was
+    never written does, and the moments would decay as if there were nothing to learn.
     An fp16 gradient that overflowed only because of the scale is no divergence: the scale is halved, and the
     step counts as skipped only once the scale can go no lower.
     """
@@ -94,10 +104,9 @@ def judge(
         if compute_dtype == "float16" and math.isfinite(loss) and state.loss_scale > 1.0:
             scale = state.loss_scale / 2
             return Verdict("loss scale", False), replace(state, loss_scale=scale, good_steps=0)
-        skips = (*state.skips, step)
-        return Verdict("non-finite", False), replace(
-            state, skips=skips, skipped=state.skipped + 1, good_steps=0
-        )
+        return Verdict("non-finite", False), _skipped(state, step)
+    if has_targets and (loss <= 0 or norm == 0):
+        return Verdict("zero", False), _skipped(state, step)
 
     loss_limit, norm_limit = (_threshold(window, policy) for window in (state.losses, state.norms))
     spike = loss > loss_limit or norm > norm_limit
@@ -117,6 +126,10 @@ def judge(
     if compute_dtype == "float16" and grows:
         state = replace(state, loss_scale=state.loss_scale * 2, good_steps=0)
     return verdict, state
+
+
+def _skipped(state: GuardState, step: int) -> GuardState:
+    return replace(state, skips=(*state.skips, step), skipped=state.skipped + 1, good_steps=0)
 
 
 def must_roll_back(state: GuardState, policy: DivergenceConfig) -> bool:

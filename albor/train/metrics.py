@@ -15,13 +15,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
+from albor.runlog import EVENTS, METRICS, read_rows
 
 
 def _print_to_stderr(message: str) -> None:
@@ -86,20 +85,6 @@ class MetricsLog:
                 self._on_failure(
                     f"cannot use {path}: {error.strerror or error}; training goes on, and the log has gaps"
                 )
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log, oldest first; none if there is no such file. A line torn by a crash is left out."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
 
 
 def known_metrics(row: Mapping[str, Any]) -> dict[str, float | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,8 @@ from albor.manifest import STATE
 from albor.memory.arena import Arena
 from albor.memory.plan import STATE_BUFFERS, MemoryPlan
 from albor.model.parameters import clear, initialise, named_tensors
+from albor.runlog import EVENTS, read_rows
 from albor.train.guard import GuardState, rolled_back
-from albor.train.metrics import EVENTS, read_rows
 from albor.train.resume_policy import Change, changes_on_resume
 from albor.train.run_directory import run_directory
 from albor.train.step import Batch, Trainer, TrainState
@@ -318,7 +317,7 @@ def _read(saved: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], Train
 
 def is_finite(arena: Arena) -> bool:
     """Whether weights and moments hold neither NaN nor infinity."""
-    return all(math.isfinite(ops.norm(arena[name])) for name in STATE_BUFFERS if name in arena)
+    return all(ops.is_finite(arena[name]) for name in STATE_BUFFERS if name in arena)
 
 
 def _check_arithmetic(source: Path, plan: MemoryPlan) -> None:

@@ -158,8 +158,9 @@ class Trainer:
         lr = learning_rate(state.step + 1, config.steps, config.optimizer.lr, config.schedule)
         dtype = arena.plan.compute_dtype
         verdict, guard = judge(
-            state.guard, state.step + 1, sums.loss, sums.grad_norm, config.divergence, dtype
-        )
+            state.guard, state.step + 1, sums.loss, sums.grad_norm, config.divergence, dtype,
+            has_targets=sums.target_tokens > 0,
+        )  # fmt: skip
         if verdict.updates:
             arena.enter("optimize")
             clip = clip_factor(sums.grad_norm, config.optimizer.grad_clip)

@@ -33,7 +33,7 @@ from albor.errors import AlborError, ConfigError, Interrupted, Problem
 from albor.faults import VARIABLE
 from albor.memory.estimate import Estimate, check_fits
 from albor.progress import show_progress, signals_unwind
-from albor.train.metrics import EVENTS, METRICS, read_rows
+from albor.runlog import EVENTS, METRICS, read_rows
 
 SignalName = Literal["kill", "term"]
 

@@ -75,7 +75,7 @@ class _Header(NamedTuple):
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
     """Write `tensors` to `path` and return the size and hash of exactly the bytes that were written.
 
-    Host tensors go to the file from where they lie; CUDA tensors are brought over one at a time. The file is
+    Host tensors go to the file from where they lie; of CUDA tensors a few MB at a time. The file is
     on the disk when this returns. Equal tensors give equal bytes: nothing else is in the file.
 
     Raises `OSError` when writing fails (the partial file stays), `KeyError` for a dtype outside the format.
@@ -94,18 +94,20 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord
     digest = hashlib.sha256()
     with open(path, "wb") as file:
         prefix = memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        for data in chain([prefix], (_memory(tensor) for _, tensor in ordered)):
-            for chunk in _chunks(data):
-                digest.update(chunk)
-                file.write(chunk)
+        for chunk in chain([prefix], *(_memory(tensor) for _, tensor in ordered)):
+            digest.update(chunk)
+            file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(len(prefix) + offset, digest.hexdigest())
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of `tensor` in row-major order; its own memory, where that is the order they lie in."""
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+def _memory(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of `tensor` in row-major order, chunk by chunk; its own memory, where that is the host's and
+    the order they lie in.
+    """
+    for chunk in tensor.detach().reshape(-1).view(torch.uint8).split(_CHUNK_BYTES):
+        yield chunk.cpu().numpy().data
 
 
 def _chunks(data: memoryview) -> Iterator[memoryview]:

@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 KEYS = {
     *("parameters", "flops_per_token", "tokens_per_step", "device_bytes", "pinned_bytes", "host_bytes"),
     *("capacity_bytes", "fits", "groups", "outside", "holders", "buffers"),
-    *("peak_phase", "device", "compute_dtype", "attention", "suggestions"),
+    *("peak_phase", "phases", "device", "compute_dtype", "attention", "suggestions"),
 }
 
 

@@ -25,6 +25,7 @@ from helpers import (
 from albor import ops
 from albor.canary.reference import unpacked
 from albor.memory import plan
+from albor.model import parameters
 from albor.train.step import Trainer, TrainState
 
 RECOMPUTE = ("none", "cheap", "block")
@@ -325,3 +326,12 @@ def test_initial_weights_follow_from_the_seed_and_the_name_alone():
     assert len({tuple(values.tolist()) for values in drawn}) == len(drawn), (
         "two parameters drew the same numbers"
     )
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 24, 2**16 + 15, 2**16 + 16, 2**16 + 17, 3 * 2**16 + 5])
+def test_initial_values_are_drawn_as_if_at_once(size: int):
+    """The published weights of a seed may not depend on how much memory drawing them took."""
+    values = torch.empty(size, dtype=torch.float64)
+    parameters._draw(values, 0.02, torch.Generator().manual_seed(5))
+    expected = torch.empty(size).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(values, expected.double())

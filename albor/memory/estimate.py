@@ -180,6 +180,7 @@ class Estimate:
             ],
             "fits": self.fits,
             "peak_phase": plan.peak_phase,
+            "phases": plan.live_bytes,
             "groups": plan.groups,
             "outside": self.outside,
             "suggestions": [

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 Lifetime = tuple[int, int]  # the first and the last phase, both included
 
-_SHELF = 64  # slabs that are looked at one by one at most; beyond, a shelf is split
+_SHELF = 32  # slabs that are looked at one by one at most; beyond, a shelf is split
 
 
 def pack(sizes: Mapping[Lifetime, int]) -> dict[Lifetime, int]:
@@ -18,13 +18,13 @@ def pack(sizes: Mapping[Lifetime, int]) -> dict[Lifetime, int]:
     pack: of four good orders the first that wastes nothing is taken, or else the tightest.
     """
     least = max(live_sizes(sizes), default=0)
-    best, smallest = dict[Lifetime, int](), -1
+    best, limit = dict[Lifetime, int](), sum(sizes.values()) + 1
     for order in _orders(sizes):
-        starts = first_fit(order, sizes)
-        end = max((starts[life] + sizes[life] for life in sizes), default=0)
-        if smallest < 0 or end < smallest:
-            best, smallest = starts, end
-        if smallest == least:
+        starts = first_fit(order, sizes, limit)
+        if starts is None:
+            continue
+        best, limit = starts, max((starts[life] + sizes[life] for life in sizes), default=0)
+        if limit == least:
             break
     return best
 
@@ -42,9 +42,9 @@ def _orders(sizes: Mapping[Lifetime, int]) -> Iterator[list[Lifetime]]:
     """Orders to pack slabs in. Over 3,468 varied plans, the tightest of the four left 0.02 % unused at the
     peak on average, 2 % at most, and nothing in 95 %; largest first alone left 0.2 %.
     """
-    yield sorted(sizes, key=lambda life: (life[0] - life[1], -sizes[life], life))  # longest first
     yield sorted(sizes, key=lambda life: (-sizes[life], life))  # largest first
     yield sorted(sizes, key=lambda life: (-sizes[life] * (life[1] - life[0] + 1), life))  # bytes x phases
+    yield sorted(sizes, key=lambda life: (life[0] - life[1], -sizes[life], life))  # longest first
     yield sorted(sizes, key=lambda life: (life[0], -life[1]))  # earliest first
 
 
@@ -60,28 +60,45 @@ class _Shelf:
 
     def __init__(self, slabs: list[_Placed]):
         self.slabs = slabs
-        self._describe()
-
-    def _describe(self) -> None:
-        starts, ends, firsts, lasts = zip(*self.slabs, strict=True)
+        starts, ends, firsts, lasts = zip(*slabs, strict=True)
         self.start, self.end = starts[0], max(ends)
         self.first, self.last = min(firsts), max(lasts)  # no other lifetime meets any
         # A phase in which all are alive, where there is one: a lifetime with it meets each.
         self.all_from, self.all_to = max(firsts), min(lasts)
-        self.has_gap = any(after > end for after, end in zip(starts[1:], accumulate(ends, max), strict=False))
+        self.has_gap = _has_gap(slabs)
 
     def add(self, slab: _Placed) -> None:
-        insort(self.slabs, slab)
-        self._describe()
+        start, end, first, last = slab
+        if start >= self.slabs[-1][0]:
+            self.slabs.append(slab)
+            self.has_gap |= start > self.end
+        else:
+            insort(self.slabs, slab)
+            self.has_gap = _has_gap(self.slabs) if self.has_gap else end < self.start
+        self.start, self.end = min(start, self.start), max(end, self.end)
+        self.first, self.last = min(first, self.first), max(last, self.last)
+        self.all_from, self.all_to = max(first, self.all_from), min(last, self.all_to)
 
 
-def first_fit(order: Sequence[Lifetime], sizes: Mapping[Lifetime, int]) -> dict[Lifetime, int]:
-    """Each slab, in `order`, at the lowest offset that no slab of an overlapping lifetime holds."""
+def _has_gap(slabs: Sequence[_Placed]) -> bool:
+    """Whether there is room between some of them, which are in the order of their starts."""
+    ends = accumulate((end for _, end, _, _ in slabs), max)
+    return any(after[0] > end for after, end in zip(slabs[1:], ends, strict=False))
+
+
+def first_fit(
+    order: Sequence[Lifetime], sizes: Mapping[Lifetime, int], limit: int
+) -> dict[Lifetime, int] | None:
+    """Each slab, in `order`, at the lowest offset that no slab of an overlapping lifetime holds; None where
+    that comes to `limit` or more.
+    """
     starts: dict[Lifetime, int] = {}
     shelves: list[_Shelf] = []
     for first, last in order:
         size = sizes[first, last]
         offset = _lowest_room(shelves, first, last, size)
+        if offset + size >= limit:
+            return None
         starts[first, last] = offset
         _put(shelves, (offset, offset + size, first, last))
     return starts

@@ -296,9 +296,10 @@ def plan_training(
     chosen = attention or choose_attention(config, device, capability=None)
     model = Architecture.from_config(config.model)
     draft = _draft_training(config, model, device, compute_dtype, place, chosen)
-    slabs = draft.slabs("device")
     if device == "cuda" and place == "cpu":
         draft, slabs = _with_returned_sums(draft, model)
+    else:
+        slabs = draft.slabs("device")
     temporaries = _temporaries(device, compute_dtype)
     temporaries |= attention_bytes.temporaries(
         chosen, model, config.train.micro_batch_size, config.data.sequence_length, evaluation_batch(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,30 +36,57 @@ def nearest_fits(
     `required` is the bytes that a configuration needs, None where it does not fit.
     """
 
+    attempts: dict[str, Suggestion | None] = {}
+
     def attempt(change: Change) -> Suggestion | None:
         change = _with_whole_chunk(config, change)
-        size = required(apply(config, change))
-        return None if size is None else Suggestion(as_overrides(change), size)
+        overrides = as_overrides(change)
+        if overrides not in attempts:
+            size = required(apply(config, change))
+            attempts[overrides] = None if size is None else Suggestion(overrides, size)
+        return attempts[overrides]
 
     def mildest(changes: list[Change]) -> Suggestion | None:
-        # The last is the strongest: where that is not enough, the others need not be tried.
-        if not changes or not attempt(changes[-1]):
-            return None
-        return next(filter(None, map(attempt, changes)))
+        return None if (place := _first_that_fits(changes, attempt)) is None else attempt(changes[place])
 
+    found: list[Suggestion | None] = []
     levers = [lever for lever in _levers(config, device) if lever]
-    found = [mildest(lever) for lever in levers]
-    # A pair is of interest where neither half is enough.
-    weak = [lever for lever, suggestion in zip(levers, found, strict=True) if suggestion is None]
-    found += [mildest(_pairs(one, other)) for one, other in itertools.combinations(weak, 2)]
+    everything: Change = {key: value for lever in levers for key, value in lever[-1].items()}
+    # Sums in host memory save the device's, and may be too much for the host's.
+    in_place = {key: value for key, value in everything.items() if key != "train.accumulator"}
+    enough = attempt(everything) or attempt(in_place)
+    if enough:  # else no lever alone is, and no two of them
+        found = [mildest(lever) for lever in levers]
+        # A pair is of interest where neither half is enough.
+        weak = [lever for lever, suggestion in zip(levers, found, strict=True) if suggestion is None]
+        found += [_mildest_pair(one, other, attempt) for one, other in itertools.combinations(weak, 2)]
     if config.train.accumulator == "cpu":  # what helps where it is the host's memory that is short
         found.append(attempt({"train.accumulator": "gpu"}))
     if not any(found):
-        everything = {key: value for lever in levers for key, value in lever[-1].items()}
-        found = [attempt(everything) or mildest(_shorter_sequences(config))]
-        smallest = apply(config, everything)
-        found.append(mildest([everything | change for change in _shorter_sequences(smallest)]))
+        smallest = mildest([everything | c for c in _shorter_sequences(apply(config, everything))])
+        found = [enough or (smallest and mildest(_shorter_sequences(config))), smallest]
     return tuple(dict.fromkeys(filter(None, found)))[:MOST]
+
+
+Attempt = Callable[[Change], Suggestion | None]  # None: does not fit
+
+
+def _first_that_fits(changes: list[Change], attempt: Attempt) -> int | None:
+    """The place of the first of `changes` that fits, each of which saves more than the one before it."""
+    # Where the last is not enough, the others need not be tried.
+    if not changes or attempt(changes[-1]) is None:
+        return None
+    return bisect_left(changes, True, hi=len(changes) - 1, key=lambda change: attempt(change) is not None)
+
+
+def _mildest_pair(one: list[Change], other: list[Change], attempt: Attempt) -> Suggestion | None:
+    """Of the pairs that fit, the first by the sum of their places."""
+    best, most = None, len(one) + len(other)  # which that sum is below
+    for place, change in enumerate(one[:most]):
+        pairs = [change | second for second in other[: max(0, most - place)]]
+        if (second := _first_that_fits(pairs, attempt)) is not None:
+            best, most = attempt(pairs[second]), place + second
+    return best
 
 
 def _levers(config: RunConfig, device: str) -> Iterator[list[Change]]:
@@ -81,11 +109,6 @@ def _levers(config: RunConfig, device: str) -> Iterator[list[Change]]:
     yield [{"train.accumulator": "cpu"}] if train.accumulator == "gpu" else []
     modes = ("none", "cheap", "block")
     yield [{"train.recompute": mode} for mode in modes[modes.index(train.recompute) + 1 :]]
-
-
-def _pairs(one: list[Change], other: list[Change]) -> list[Change]:
-    indices = itertools.product(range(len(one)), range(len(other)))
-    return [one[i] | other[j] for i, j in sorted(indices, key=sum)]
 
 
 def _shorter_sequences(config: RunConfig) -> list[Change]:

@@ -10,6 +10,9 @@ from albor.architecture import Architecture, Parameter, block_name
 from albor.memory.arena import Arena
 from albor.seeds import derive_seed
 
+_DRAWN = 2**16  # initial values that exist in fp32 at a time
+_DRAWN_TOGETHER = 16  # PyTorch draws so many at once, and a tensor of fewer one by one
+
 
 @dataclass(frozen=True)
 class BlockTensors:
@@ -78,7 +81,18 @@ def initialise(arena: Arena, model: Architecture, seed: int) -> None:
             values.fill_(1.0)
         else:
             generator = torch.Generator().manual_seed(derive_seed(seed, "initialise", parameter.name))
-            drawn = torch.empty(parameter.shape, dtype=torch.float32)
-            values.copy_(drawn.normal_(0.0, parameter.init_std, generator=generator))
+            _draw(values.view(-1), parameter.init_std, generator)
     if master is not arena["weights"]:
         arena["weights"].copy_(master)
+
+
+def _draw(values: torch.Tensor, std: float, generator: torch.Generator) -> None:
+    """Fills values (n,) as one call of `normal_` in fp32 would, without as much memory."""
+    drawn = torch.empty(min(values.numel(), _DRAWN + _DRAWN_TOGETHER), dtype=torch.float32)
+    start, size = 0, values.numel()
+    while start < size:
+        # A last part of fewer would be drawn in another way, so it goes with the one before it.
+        stop = size if size - start <= drawn.numel() else start + _DRAWN
+        part = drawn[: stop - start]
+        values[start:stop].copy_(part.normal_(0.0, std, generator=generator))
+        start = stop

@@ -3,7 +3,7 @@
 `step_work` lists the operations from the shapes alone: GEMMs; attention; kernels that only move memory, by
 the bytes that they cannot avoid; the optimizer. It assumes the fusions that albor has (packed projections,
 the residual added inside the norm, SwiGLU in one kernel, logits read and written once, weight gradients
-summed in fp32 inside the GEMM) and no recomputation.
+summed in fp32 inside the GEMM); recomputation where it is asked for.
 
 Two things say how long an operation takes. A `Calibration` holds times that were measured on a card
 (`albor.bench.calibrate`). A `Card` models them from a datasheet and published readings, for planning without
@@ -18,7 +18,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -101,9 +101,21 @@ class Work:
 
 
 def step_work(
-    model: Architecture, length: int, micro_batch: int, micro_steps: int, head_chunk: int = 4096
+    model: Architecture,
+    length: int,
+    micro_batch: int,
+    micro_steps: int,
+    head_chunk: int = 4096,
+    *,
+    recompute: Literal["none", "cheap", "block"] = "none",
+    sums_on_device: bool = True,
+    rounded_state: bool = False,
 ) -> list[Work]:
-    """What one optimizer step of `micro_steps` micro-batches consists of."""
+    """What one optimizer step of `micro_steps` micro-batches consists of on the device, in bf16.
+
+    Without `sums_on_device` a weight's gradient is written once, and summed and measured elsewhere. With
+    `rounded_state` weights and moments are bf16 alone.
+    """
     rows, width, ffn = micro_batch * length, model.hidden_size, model.intermediate_size
     layers, vocab = model.num_hidden_layers, model.vocab_size
     rotated = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
@@ -113,7 +125,8 @@ def step_work(
         count *= micro_steps
         work.append(Work(f"{name} forward", count, Gemm(tokens, outputs, inputs, "nt")))
         work.append(Work(f"{name} d_x", count, Gemm(tokens, inputs, outputs, "nn")))
-        work.append(Work(f"{name} d_weight", count, Gemm(outputs, inputs, tokens, "tn", accumulate=True)))
+        d_weight = Gemm(outputs, inputs, tokens, "tn", accumulate=sums_on_device)
+        work.append(Work(f"{name} d_weight", count, d_weight))
 
     def move(name: str, count: float, columns: int) -> None:
         """A kernel that touches this many bf16 columns of every token."""
@@ -125,12 +138,11 @@ def step_work(
     matmul("down GEMM", layers, rows, ffn, width)
     chunk = min(head_chunk, rows)
     matmul("head GEMM", rows / chunk, chunk, width, vocab)
-    for direction in ("forward", "backward"):
-        work.append(Work(
-            f"attention {direction}", layers * micro_steps,
-            Attention(micro_batch, length, model.num_attention_heads, model.num_key_value_heads,
-                      model.head_dim, direction),
-        ))  # fmt: skip
+    attention = Attention(
+        micro_batch, length, model.num_attention_heads, model.num_key_value_heads, model.head_dim, "forward"
+    )
+    work.append(Work("attention forward", layers * micro_steps, attention))
+    work.append(Work("attention backward", layers * micro_steps, replace(attention, direction="backward")))
     move("norm + residual forward", 2 * layers, 4 * width)  # two read, two written
     move("norm + residual backward", 2 * layers, 4 * width)  # three read, one written
     move("rotary", 2 * layers, 2 * rotated)  # in place, forward and inverse
@@ -139,8 +151,21 @@ def step_work(
     move("attention backward, row sums", layers, 2 * width)
     work.append(Work("cross-entropy", rows / chunk * micro_steps, Traffic(2 * vocab * chunk * ELEMENT)))
     move("embedding and last norm", 1, 14 * width)  # gather 2, its gradient 4, the norm 4 + 4
+    if recompute == "cheap":
+        move("norms again", 2 * layers, 2 * width)
+    elif recompute == "block":  # all of a block's forward but SwiGLU and the GEMM after it
+        for name, inputs, outputs in (
+            ("qkv", width, model.qkv_size), ("attention-out", width, width), ("gate+up", width, 2 * ffn),
+        ):  # fmt: skip
+            again = Gemm(rows, outputs, inputs, "nt")
+            work.append(Work(f"{name} GEMM again", layers * micro_steps, again))
+        work.append(Work("attention again", layers * micro_steps, attention))
+        move("norms again", layers, 6 * width)  # 2 of the first, whose sum was kept; 4 of the second
+        move("rotary again", layers, 2 * rotated)
     # The gradient is read for the norm and again for the update; master and moments are read and written.
-    work.append(Work("gradient norm + AdamW", 1, Traffic(model.parameter_count * (4 + 4 + 24 + ELEMENT))))
+    gradient = 8 if sums_on_device else 4
+    state = 6 * ELEMENT if rounded_state else 24 + ELEMENT
+    work.append(Work("gradient norm + AdamW", 1, Traffic(model.parameter_count * (gradient + state))))
     return work
 
 
@@ -329,14 +354,23 @@ class Card:
             return self._gemm(operation)
         if isinstance(operation, Traffic):
             return operation.bytes / (self.bandwidth * _STREAM) + _STREAM_START
-        rates = self.attention_flops.get(operation.head_dim)
-        if rates is None:
-            raise AlborError(
-                f"no attention rate is known for head width {operation.head_dim} on {self.name}; "
-                f"known are {', '.join(map(str, self.attention_flops))}"
-            )
         forward = operation.direction == "forward"
-        return operation.flops / rates[0 if forward else 1] + (1 if forward else 3) * _GAP
+        rate = self._attention_rate(operation.head_dim, 0 if forward else 1)
+        return operation.flops / rate + (1 if forward else 3) * _GAP
+
+    def _attention_rate(self, head_dim: int, direction: int) -> float:
+        """Between known widths linearly. A narrower head has fewer products for as many exponentials; a wider
+        one has the widest one's rate.
+        """
+        widths = sorted(self.attention_flops)
+        rates = [self.attention_flops[width][direction] for width in widths]
+        if head_dim <= widths[0]:
+            return rates[0] * head_dim / widths[0]
+        if head_dim >= widths[-1]:
+            return rates[-1]
+        above = bisect_left(widths, head_dim)
+        share = (head_dim - widths[above - 1]) / (widths[above] - widths[above - 1])
+        return rates[above - 1] * (1 - share) + rates[above] * share
 
     def _gemm(self, gemm: Gemm) -> float:
         per_processor = self.sustained_flops / self.multiprocessors

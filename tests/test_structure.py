@@ -24,6 +24,7 @@ ROWS = (
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
         "memory.cards", "memory.nvml", "memory.host", "memory.outside", "memory.devices", "memory.suggest",
+        "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",
         "memory.estimate", "memory.sweep", "memory.plot", "memory.report", "memory.sweep_report",
         "memory.process", "memory.audit",
     ),
@@ -64,8 +65,10 @@ WITHOUT_TORCH = (
     "runlog", "memory.packing",
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
     "memory.host", "memory.outside", "memory.devices",
-    "memory.suggest", "memory.estimate", "memory.sweep", "memory.plot", "memory.report",
-    "memory.sweep_report", "memory.process", "memory.audit", "doctor.report", "cli",
+    "memory.suggest", "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",
+    "memory.estimate", "memory.sweep", "memory.plot", "memory.report",
+    "memory.sweep_report", "memory.process", "memory.audit", "doctor.report",
+    "cli",
 )  # fmt: skip
 
 

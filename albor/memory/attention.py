@@ -92,6 +92,16 @@ def choose_attention(
     return AttentionChoice(train.attention, reason, train.deterministic)
 
 
+def slowdown(config: RunConfig, backend: str, capability: tuple[int, int]) -> float:
+    """How many times as long `backend` takes as the fastest that was measured on such a card; 1 where it was
+    not measured.
+    """
+    row = _nearest(config, capability)
+    if row is None or backend not in row.seconds:
+        return 1.0
+    return row.seconds[backend] / min(row.seconds.values())
+
+
 def _refusal(message: str, remedy: str) -> ConfigError:
     return ConfigError([Problem("train.attention", message, remedy)])
 

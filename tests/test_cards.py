@@ -199,6 +199,7 @@ def test_a_laptop_card_has_its_own_capacity() -> None:
     assert result.code == 0, result.err
     assert "pretrain-350m on RTX 4090 Laptop" in result.out
     assert "15.49 GiB available" in result.out
+    assert "Capacity derived: nvidia-smi 16376 MiB less 512\n" in result.out
 
 
 @pytest.mark.usefixtures("nothing_installed")

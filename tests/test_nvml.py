@@ -195,8 +195,11 @@ def test_a_card_that_shares_the_hosts_memory_has_what_is_free_of_it(
     assert "Unknown: " in call("vram-estimate", CONFIG).out
 
 
-def test_a_card_that_does_not_say_its_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, Card("GPU-new", "NVIDIA Novelty", (13, 0), None))
+@pytest.mark.parametrize("free", [None, 0], ids=["refuses", "zero"])
+def test_a_card_that_does_not_say_its_memory_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, free: int | None
+) -> None:
+    install(monkeypatch, Card("GPU-new", "NVIDIA Novelty", (13, 0), free, total=0))
     result = call("vram-estimate", CONFIG)
     assert result.code == 0, result.err
     assert "pretrain-350m on NVIDIA Novelty, memory unknown to the driver" in result.out
@@ -317,7 +320,8 @@ def test_a_refusal_says_who_holds_the_missing_memory(monkeypatch: pytest.MonkeyP
     assert "secret" not in result.out
     answer = json.loads(call("vram-estimate", CONFIG, "--json").out)
     assert answer["holders"] == [{"pid": 4711, "name": "python", "bytes": 21080 * MIB}]
-    assert answer["capacity_bytes"] == 3000 * MIB
+    assert (answer["capacity_bytes"], answer["capacity_source"]) == (3000 * MIB, "NVML")
+    assert "Capacity" not in result.out, "it is measured"
 
     result = call("train", CONFIG, "device=cuda")
     assert (result.code, result.out) == (4, "")

@@ -174,6 +174,7 @@ class Estimate:
             "pinned_bytes": plan.size("pinned"),
             "host_bytes": plan.size("host"),
             "capacity_bytes": self.hardware.capacity_bytes,
+            "capacity_source": self.hardware.gpu.source if self.hardware.gpu else None,
             "holders": [
                 {"pid": holder.pid, "name": holder.name, "bytes": holder.memory_bytes}
                 for holder in self.hardware.holders

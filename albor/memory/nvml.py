@@ -15,6 +15,7 @@ from albor.memory.host import host_capacity
 from albor.units import MIB, format_bytes
 
 T = TypeVar("T")
+MEASURED = "NVML"  # the source of what a card of this machine says of itself
 
 
 def installed_gpu() -> Hardware | None:
@@ -52,7 +53,7 @@ def _any_of(found: list[Hardware]) -> Hardware:
     gpu = _common(replace(card, usable_bytes=total) for card in cards)
     capability = _common(card.compute_capability for card in cards)
     if gpu is None and capability is not None:
-        gpu = Gpu(name, total, capability, None, "NVML")
+        gpu = Gpu(name, total, capability, None, MEASURED)
     unified = all(one.unified for one in found)
     return Hardware("cuda", f"{name}, {memory}", gpu, free, unified=unified)
 
@@ -94,11 +95,11 @@ def _ask(pynvml: Any, device: CudaDevice) -> Hardware:
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(device.card)
     memory = read_memory(pynvml, device.handle)
     usable = None if memory is None else memory.total - (memory.reserved or 0)
-    gpu = Gpu(name, usable, (major, minor), None, "NVML")
+    gpu = Gpu(name, usable, (major, minor), None, MEASURED)
     known = [row for row in matching_gpus(name, usable) if bool(row.slice) == (device.slot is not None)]
     if len(known) == 1:
         row = known[0]
-        gpu = replace(row, name=name, usable_bytes=usable, compute_capability=(major, minor), source="NVML")
+        gpu = replace(row, name=name, usable_bytes=usable, compute_capability=(major, minor), source=MEASURED)
     if gpu.unified:
         # NVML refuses, or gives a number that leaves out what the host's programs and caches hold.
         gpu, free = replace(gpu, usable_bytes=None), host_capacity()

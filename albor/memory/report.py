@@ -13,6 +13,7 @@ from albor.config import RunConfig
 from albor.errors import DoesNotFit
 from albor.memory.estimate import Estimate
 from albor.memory.estimate import estimate as estimate_run
+from albor.memory.nvml import MEASURED
 from albor.memory.outside import ESTIMATED
 from albor.memory.plan import peak_buffers
 from albor.memory.plot import check_target, plot_phases
@@ -58,6 +59,8 @@ def render(estimate: Estimate, console: Console) -> None:
         _print(console, f"Host     {pinned} page-locked, {pageable} not")
     if estimate.held:
         _print(console, f"Held     {estimate.held}")
+    if estimate.hardware.gpu and estimate.hardware.gpu.source != MEASURED:
+        _print(console, f"Capacity {estimate.hardware.gpu.source}")
     flops = estimate.architecture.flops_per_token(config.data.sequence_length)
     tokens = config.steps * config.tokens_per_step
     _print(console, f"Compute  {flops / 1e9:.2f} GFLOP per token, {flops * tokens:.2e} FLOP in all")

@@ -15,6 +15,7 @@ can show what a run survives. It is read once, when this module is imported. Wit
     exit                     the process ends with exit code 99, and no handler or `finally` runs
     enospc, eio, erofs       an OSError with that errno
     oom                      the exception with which PyTorch says that memory is short
+    oom-driver               the one that Triton makes of what the CUDA driver says
     raise                    a RuntimeError
     hang                     sleeps until a signal ends the process
     stop                     SIGSTOP: the process stands still until somebody sends it SIGCONT
@@ -164,6 +165,10 @@ def _out_of_memory(where: str) -> NoReturn:
     raise torch.OutOfMemoryError(f"out of memory on purpose at {where} ({VARIABLE})")
 
 
+def _out_of_memory_by_the_driver(where: str) -> NoReturn:
+    raise RuntimeError(f"Triton Error [CUDA]: out of memory on purpose at {where} ({VARIABLE})")
+
+
 def _raise(where: str) -> NoReturn:
     raise RuntimeError(f"failed on purpose at {where} ({VARIABLE})")
 
@@ -184,6 +189,7 @@ _ENDS: dict[str, Callable[[str], NoReturn]] = {
     "exit": _exit,
     **{name: _os_error(number) for name, number in _ERRORS.items()},
     "oom": _out_of_memory,
+    "oom-driver": _out_of_memory_by_the_driver,
     "raise": _raise,
     "hang": _hang,
 }

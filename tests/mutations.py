@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from albor import checkpoint, tensorfile
 from albor.data.cache import Cache
 from albor.data.loader import Loader
 from albor.errors import CheckpointError
+from albor.memory import shortage
 from albor.train import loop, run, session, signals, step
 from albor.train.guard import GuardState
 from albor.train.loop import Loop
@@ -215,6 +217,11 @@ def _() -> None:
 @without("a shortage beside the training is survived", "13 memory evaluation")
 def _() -> None:
     loop.is_out_of_memory = lambda error: False
+
+
+@without("the driver's words for a shortage are known", "13 memory of the driver")
+def _() -> None:
+    shortage._SAID = re.compile("DefaultCPUAllocator: can't allocate memory|.*CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @without("a shortage is explained", "13 memory step")

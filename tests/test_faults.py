@@ -196,10 +196,12 @@ def short_of_memory(bench: Bench, mutation: str, where: str, *, at: int) -> None
     bench.finish(directory, mutation=mutation)
 
 
-def short_of_memory_beside_training(bench: Bench, mutation: str, where: str, what: str) -> None:
+def short_of_memory_beside_training(
+    bench: Bench, mutation: str, where: str, what: str, action: str = "oom"
+) -> None:
     """An evaluation or a sample that finds no memory is left out, which is said; the training goes on."""
     directory = bench.fresh()
-    result = bench.train(directory, fault=f"{where}:oom", mutation=mutation)
+    result = bench.train(directory, fault=f"{where}:{action}", mutation=mutation)
     assert result.code == 0, result.err
     step = int(where.split(":")[1].split(".")[0])
     (event,) = events(run_of(directory), "out_of_memory")
@@ -370,6 +372,9 @@ CASES: dict[str, Case] = {
     "13 memory report": make_case(short_of_memory, f"evaluate.begin:{STEPS}.2", at=STEPS),
     "13 memory evaluation": make_case(short_of_memory_beside_training, "evaluate.batch:12.2", "evaluation"),
     "13 memory sampling": make_case(short_of_memory_beside_training, "sample.begin:12", "sampling"),
+    "13 memory of the driver": make_case(
+        short_of_memory_beside_training, "evaluate.batch:12.2", "evaluation", "oom-driver"
+    ),
     "13 saved first": make_case(saved_before_evaluation, "evaluate.begin"),
     # 14
     "14 shard cut off": make_case(data_lost, cut_off, "became shorter while it was in use"),

@@ -1,18 +1,26 @@
-"""What counts as out of memory. PyTorch, NumPy and cuBLAS each say it in their own way."""
+"""What counts as out of memory. PyTorch, NumPy, the CUDA driver, Triton and NVIDIA's libraries each say it in
+their own way.
+"""
 
 from __future__ import annotations
 
+import re
+
 import torch
 
-# PyTorch raises a plain RuntimeError for these two.
-_SAID = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What comes as a RuntimeError, or as torch.AcceleratorError, which is one.
+_SAID = re.compile(
+    r"(?:CUDA error|CUDA driver error|Triton Error \[CUDA\]): .*out of memory"  # at its beginning
+    r"|.*(?:DefaultCPUAllocator: can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED)",
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that host or device memory is short: less work may succeed where this failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID)
+    return isinstance(error, RuntimeError) and _SAID.match(str(error)) is not None
 
 
 def give_back() -> None:

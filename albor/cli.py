@@ -53,6 +53,14 @@ class Reference(StrEnum):
     ORACLE = "oracle"
 
 
+class CalibratedDevice(StrEnum):
+    """What `albor calibrate` measures."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
 class StopSignal(StrEnum):
     """What `albor verify-resume` stops a run with."""
 
@@ -484,6 +492,36 @@ def doctor(as_json: AsJson = False) -> None:
     from albor.doctor.report import run_doctor
 
     raise typer.Exit(run_doctor(as_json, _console()))
+
+
+@app.command()
+def calibrate(
+    device: Annotated[
+        CalibratedDevice, typer.Option(help="What to measure; auto: the card, or without one the CPU.")
+    ] = CalibratedDevice.AUTO,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a run takes beside its arena on this machine: driver, libraries, kernels. Under a minute.
+
+    \b
+    albor calibrate
+    albor calibrate --device cpu
+    albor calibrate --json
+
+    A small model is trained, evaluated and sampled from in a process of its own; close what else
+    uses the card. The result is stored in $ALBOR_CALIBRATION, or in albor/calibration.json in
+    the cache directory, and vram-estimate goes by it from then on, for this card with this
+    driver and this version of torch.
+    """
+    from albor.calibrate.run import calibrate as measure
+    from albor.calibrate.run import print_outcome
+
+    console = _console(stderr=as_json)
+    outcome = measure(device.value, lambda stage: console.out(f"measured: {stage}", highlight=False))
+    if as_json:
+        print(json.dumps(outcome.as_json()))
+    else:
+        print_outcome(outcome, console)
 
 
 @app.command()

@@ -882,8 +882,10 @@ def test_the_compiler_is_the_one_that_triton_takes(tmp_path: Path, monkeypatch: 
         ("CUDA_LAUNCH_BLOCKING", "1", False, "ok"),
         ("TRITON_INTERPRET", "1", True, "problem"),
         ("TRITON_ALWAYS_COMPILE", "true", True, "warning"),
-        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", True, "note"),
-        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8", True, "note"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", True, "ok"),
+        ("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync", True, "note"),
+        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8", True, "ok"),
+        ("CUBLAS_WORKSPACE_CONFIG", ":16:8", True, "note"),
         ("NVIDIA_TF32_OVERRIDE", "0", True, "note"),
         ("CUDA_DEVICE_MAX_CONNECTIONS", "1", True, "warning"),
         ("CUDA_DEVICE_MAX_CONNECTIONS", "8", True, "ok"),
@@ -900,6 +902,7 @@ def test_variables(name: str, value: str, gpu: bool, status: str) -> None:
 
 def test_every_rule_can_be_met_and_no_secret_is_shown() -> None:
     met = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "CUDA_MODULE_LOADING": "EAGER"}
+    met |= dict.fromkeys(("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"), "backend:cudaMallocAsync")
     for name in environment.RULES:
         (check,) = environment.examine({name: met.get(name, "1")}, 8, True).checks
         assert check.status != "ok", name

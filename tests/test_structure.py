@@ -23,7 +23,8 @@ ROWS = (
     ("yamlcore", "config", "configfile", "architecture", "floor"),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
-        "memory.cards", "memory.nvml", "memory.host", "memory.outside", "memory.devices", "memory.suggest",
+        "memory.cards", "memory.nvml", "memory.host", "memory.pytorch",
+        "memory.calibration", "memory.outside", "memory.devices", "memory.suggest",
         "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",
         "memory.estimate", "memory.sweep", "memory.plot", "memory.report", "memory.sweep_report",
         "memory.process", "memory.audit",
@@ -45,7 +46,7 @@ ROWS = (
     ("train.rehearsal", "train.run_directory", "train.session", "train.saver", "train.spikes",
         "train.divergence", "train.memory_record", "train.loop", "train.run",
         "train.verify_resume", "canary"),
-    ("doctor",),
+    ("doctor", "calibrate"),
     ("bench",),
     ("cli", "__main__"),
 )  # fmt: skip
@@ -64,7 +65,7 @@ WITHOUT_TORCH = (
     "errors", "units", "faults", "alerts", "spikes", "config", "configfile", "architecture", "floor",
     "runlog", "memory.packing",
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
-    "memory.host", "memory.outside", "memory.devices",
+    "memory.host", "memory.pytorch", "memory.calibration", "memory.outside", "memory.devices",
     "memory.suggest", "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",
     "memory.estimate", "memory.sweep", "memory.plot", "memory.report",
     "memory.sweep_report", "memory.process", "memory.audit", "doctor.report",

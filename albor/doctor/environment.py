@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from albor.doctor.checks import Check, Gain, Section, Status
+from albor.memory.pytorch import CUBLAS_SETTING
 
 _SHOWN = re.compile(
     r"TRITON_|TORCH_|TORCHINDUCTOR_|PYTORCH_|CUBLAS|OMP_|MKL_|KMP_|GOMP_|OPENBLAS_NUM_THREADS$"
@@ -34,7 +35,11 @@ class Rule:
 
 
 _DEBUGGING = "it is for debugging"
-_ALLOCATOR = Rule("note", "the memory estimate is made for the default allocator", applies=bool)
+_ALLOCATOR = Rule(
+    "note",
+    "another allocator, which the memory estimate does not know",
+    applies=lambda value: "cudaMallocAsync" in value,
+)
 _DUMPS = Rule("note", "every compilation writes files", _DEBUGGING, Gain.SLIGHT)
 _SANITIZES = Rule("warning", "kernels check themselves while they run", _DEBUGGING, Gain.CLEAR)
 RULES = {
@@ -58,7 +63,11 @@ RULES = {
         "note", "overrules what a run asks for in fp32: 1 rounds to TF32, 0 forbids it", applies=bool
     ),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": Rule("note", "products in fp32 are rounded to TF32"),
-    "CUBLAS_WORKSPACE_CONFIG": Rule("note", "the memory estimate is made for cuBLAS's default", applies=bool),
+    "CUBLAS_WORKSPACE_CONFIG": Rule(
+        "note",
+        f"replaces albor's {CUBLAS_SETTING}, and with it which products are fast",
+        applies=lambda value: value != CUBLAS_SETTING,
+    ),
     "PYTORCH_CUDA_ALLOC_CONF": _ALLOCATOR,
     "PYTORCH_ALLOC_CONF": _ALLOCATOR,
     "CUDA_DEVICE_MAX_CONNECTIONS": Rule(

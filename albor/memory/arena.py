@@ -12,6 +12,7 @@ import torch
 from albor.architecture import Parameter
 from albor.errors import AlborError
 from albor.memory.plan import MemoryPlan
+from albor.memory.pytorch import pin_cublas_workspace
 
 
 class Arena:
@@ -25,6 +26,8 @@ class Arena:
     def __init__(self, plan: MemoryPlan, device: torch.device | str = "cpu", *, poison: bool = False):
         self.plan = plan
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            pin_cublas_workspace()  # which is charged beside the plan; nothing was multiplied yet
         self._poison = poison
         self._phase_index = {phase: index for index, phase in enumerate(plan.phases)}
         self.slabs = {

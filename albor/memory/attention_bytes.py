@@ -2,7 +2,7 @@
 
 By formula from PyTorch's sources (flash_api.cpp, attention_backward.cu, MHA.cpp) and cudnn-frontend's
 (scaled_dot_product_flash_attention.h), as an upper bound: what one call frees need not suit the next. Memory
-that PyTorch's allocator holds for one stream, or for captured graphs, serves no other; a run has three such
+that PyTorch's allocator holds for one stream, or for captured graphs, serves no other; a run has two such
 pools, see `temporaries`. No torch.
 """
 
@@ -56,9 +56,9 @@ def temporaries(
 ) -> dict[str, int]:
     """Bytes of device memory by origin, for sequences (batch, length); nothing for albor's own kernels.
 
-    Three pools: the first step runs as it is, and what it took stays with its stream; later ones are graphs,
-    with a pool of their own; and an evaluation, (evaluation_batch, length), by default as large as a
-    micro-batch, runs on the default stream, forward only.
+    Two pools: the first step runs as it is, and what it took stays with its stream; later ones are graphs,
+    with a pool of their own. Evaluations, (evaluation_batch, length), by default as large as a micro-batch,
+    go forward on that stream: they find there what the step has left, where each piece is large enough.
     """
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     shape, evaluated = (
@@ -75,7 +75,10 @@ def temporaries(
     else:
         return {}
     step = pool_bytes([*forward, *backward])
-    return dict(zip(names, (step + pool_bytes(evaluation), step), strict=True))
+    left = sorted([*forward, *backward], reverse=True)
+    finds_room = all(need <= size for need, size in zip(sorted(evaluation, reverse=True), left, strict=False))
+    eager = step if finds_room else step + pool_bytes(evaluation)
+    return dict(zip(names, (eager, step), strict=True))
 
 
 def _results(shape: _Shape) -> list[int]:

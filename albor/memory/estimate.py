@@ -15,7 +15,7 @@ from albor.errors import ConfigError, DoesNotFit, Problem
 from albor.memory.attention import choose_attention
 from albor.memory.cards import Device, Hardware, find_gpu
 from albor.memory.devices import compute_dtype, falls_back, resolve_accumulator, this_machine
-from albor.memory.outside import CUDA_PROCESS_BYTES, Item, outside_items
+from albor.memory.outside import CUDA_PROCESS_BYTES, Item, calibration_for, calibration_note, outside_items
 from albor.memory.plan import MemoryPlan, plan_training
 from albor.memory.suggest import Suggestion, apply, nearest_fits
 from albor.units import format_bytes
@@ -84,6 +84,16 @@ class Estimate:
     def outside_items(self) -> tuple[Item, ...]:
         """The same with where each number is from."""
         return outside_items(self.plan, self.hardware.gpu)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether what the driver takes was measured, on such a card with this software."""
+        return calibration_for(self.plan, self.hardware.gpu) is not None
+
+    @property
+    def calibration_note(self) -> str:
+        """The same for people, and where not, why."""
+        return calibration_note(self.plan, self.hardware.gpu)
 
     @property
     def required_bytes(self) -> int:
@@ -184,6 +194,10 @@ class Estimate:
             "phases": plan.live_bytes,
             "groups": plan.groups,
             "outside": self.outside,
+            "calibrated": self.calibrated,
+            "outside_sources": {
+                item.name: {"basis": item.basis, "source": item.source} for item in self.outside_items
+            },
             "suggestions": [
                 {"overrides": s.overrides, "required_bytes": s.required_bytes} for s in self.suggestions
             ],

@@ -1,34 +1,59 @@
-"""What a run takes on its device beside the arena, item by item."""
+"""What a run takes on its device beside the arena, item by item, each with how its size is known.
+
+What PyTorch takes is computed, by `albor.memory.pytorch`. What the driver takes nobody can compute: it is
+measured by `albor calibrate`. Where that has not been run it is taken from outside.json, which holds what
+other people have published, and a margin is added for what those numbers differ by.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
+from albor.memory.calibration import (
+    Calibration,
+    Software,
+    Stored,
+    calibration_path,
+    find_calibration,
+    read_calibrations,
+)
 from albor.memory.cards import Gpu
 from albor.memory.plan import MemoryPlan
+from albor.memory.pytorch import CachingAllocator, cublas_workspace_bytes, cublaslt_workspace_bytes
 from albor.units import GIB, MIB
 
-# What the arena does not hold. Items marked as estimates are read off other people's machines, rounded up.
+TABLE = Path(__file__).with_name("outside.json")
+SCHEMA = 1
+
 CUDA_CONTEXT = "CUDA context"
 LOADED_KERNELS = "loaded kernels"
+TRITON_MODULES = "Triton modules"
+LOCAL_MEMORY = "local-memory pool"
+GRAPHS = "CUDA graphs"
+GRAPH_POOL = "graph pool"
+CUBLAS, CUBLASLT = "cuBLAS workspace", "cuBLASLt workspace"
+ROUNDING = "allocator rounding"
+MARGIN = "margin, not calibrated"
 PROCESS = "Python and torch"
-ESTIMATED = frozenset({CUDA_CONTEXT, LOADED_KERNELS, PROCESS})
-# 426 MiB on an RTX 6000 Ada with torch 2.10 (unsloth-zoo#1053); 300 to 400 MB (pytorch#107667, #109888).
-_CUDA_CONTEXT_BYTES = 448 * MIB
-# They grow when a library's kernel is first used. llmq's whole remainder on an RTX 4090, with context, cuDNN
-# and NCCL, is 903 MiB; here are cuBLAS and Triton.
-_LOADED_KERNELS_BYTES = 256 * MIB
-# Beside a quickstart run's arena, torch 2.13 for the CPU on Linux x86-64: 300 MB resident, and 500 MB in a
-# first run, which trains the tokenizer too.
-_PROCESS_BYTES = 512 * MIB
+PREPARATION = "data preparation"
+
+# What is published for one and the same thing, a context, lies between 256 and 512 MiB (outside.json): the
+# driver and the libraries of a card that nobody has measured may take so much more than those that were.
+_MARGIN_BYTES = 256 * MIB
+# Beside a quickstart run's arena, torch 2.13 for the CPU on Linux x86-64: 300 MB resident; a first run, which
+# trains the tokenizer too, keeps up to 200 MB more.
+_PROCESS_BYTES, _PREPARATION_BYTES = 320 * MIB, 192 * MIB
 # The same with torch for CUDA, whose libraries are ten times the size: host memory beside a run's pinned and
 # host arenas. Not measured.
 CUDA_PROCESS_BYTES = 2 * GIB
-# PyTorch's CublasHandlePool: ":4096:2:16:8" by default, 32 MiB from compute capability 9; one per handle and
-# stream.
-_CUBLAS_BYTES, _CUBLAS_BYTES_90 = 8_519_680, 32 * MIB
-_SMALL_POOL_BYTES = 2 * MIB  # one segment holds all tensors of up to 1 MiB: the loss, the norm
+# Kernels of a captured micro-batch per layer, and of the rest as for one layer more: 25, with recomputation
+# 35, of which half are products, each of which may be two where cuBLAS splits a sum.
+NODES_PER_LAYER = 56
 
 
 @dataclass(frozen=True)
@@ -42,34 +67,139 @@ class Item:
     pooled: bool = False  # PyTorch's allocator takes it: `torch.cuda.memory_reserved` counts it
 
 
+@dataclass(frozen=True)
+class _Published:
+    """A row of outside.json."""
+
+    item: str
+    capability: list[int] | None
+    gpu: str | None
+    driver: str | None
+    torch: str | None
+    bytes: int
+    source: str
+
+
 def outside(plan: MemoryPlan, gpu: Gpu | None = None) -> dict[str, int]:
     """Bytes that a device needs beside the arena, by item; for an unknown `gpu`, the most it can be."""
     return {item.name: item.bytes for item in outside_items(plan, gpu)}
 
 
 def outside_items(plan: MemoryPlan, gpu: Gpu | None = None) -> tuple[Item, ...]:
-    """The same with their sources."""
-    pooled = plan.device == "cuda"
-    taken = tuple(
-        Item(name, size, "estimate" if "(estimate)" in name else "computed", "the plan", pooled)
-        for name, size in plan.temporaries.items()
-    )
-    if plan.device == "cpu":
-        return (Item(PROCESS, _PROCESS_BYTES, "estimate", "a quickstart run, torch 2.13 for the CPU"), *taken)
-    cublas = _CUBLAS_BYTES_90 if gpu is None or gpu.compute_capability >= (9, 0) else _CUBLAS_BYTES
-    segments = (plan.size("device"), cublas, *plan.temporaries.values())
-    rounding = sum(_segment(size) - size for size in segments) + _SMALL_POOL_BYTES
-    return (
-        Item(CUDA_CONTEXT, _CUDA_CONTEXT_BYTES, "estimate", "unsloth-zoo#1053, pytorch#107667, #109888"),
-        Item(LOADED_KERNELS, _LOADED_KERNELS_BYTES, "estimate", "llmq's README run, less cuDNN and NCCL"),
-        Item("cuBLAS workspace", cublas, "computed", "PyTorch's CublasHandlePool.cpp", True),
-        *taken,
-        Item("allocator rounding", rounding, "computed", "PyTorch's CUDACachingAllocator.cpp", True),
-    )
+    """The same with their sources, by this machine's calibration where there is one."""
+    row = calibration_for(plan, gpu)
+    items = _beside_process(plan, row) if plan.device == "cpu" else _on_card(plan, gpu, row)
+    return tuple(items)
 
 
-def _segment(size: int) -> int:
-    """What CUDACachingAllocator takes from the driver for a first request of `size` bytes."""
-    if size <= MIB:
-        return 2 * MIB if size else 0
-    return 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+def calibration_for(plan: MemoryPlan, gpu: Gpu | None) -> Calibration | None:
+    """What was measured where `plan` goes; None: nothing."""
+    rows = _stored().rows
+    return find_calibration(rows, plan.device, gpu, _installed()) if rows else None
+
+
+def calibration_note(plan: MemoryPlan, gpu: Gpu | None) -> str:
+    """One line for people: what the estimate goes by, or why it goes by nothing."""
+    row = calibration_for(plan, gpu)
+    if row is not None:
+        return f"calibrated ({row})"
+    if problem := _stored().problem:
+        return f"not calibrated: {problem}"
+    return "not calibrated: run `albor calibrate` on it" if plan.device == "cuda" else (
+        "not calibrated: run `albor calibrate`"
+    )  # fmt: skip
+
+
+def _beside_process(plan: MemoryPlan, row: Calibration | None) -> Iterator[Item]:
+    source = "a quickstart run, torch 2.13 for the CPU"
+    if row is None:
+        yield Item(PROCESS, _PROCESS_BYTES, "estimate", source)
+    else:
+        yield Item(PROCESS, row.bytes[PROCESS], "measured", str(row))
+    yield Item(PREPARATION, _PREPARATION_BYTES, "estimate", f"{source}: its first")
+    yield from _temporaries(plan)
+
+
+def _on_card(plan: MemoryPlan, gpu: Gpu | None, row: Calibration | None) -> Iterator[Item]:
+    nodes = graph_nodes(plan)
+    if row is None:
+        yield _published(CUDA_CONTEXT, gpu)
+        yield _published(LOADED_KERNELS, gpu)
+        yield _published(TRITON_MODULES, gpu)
+        each = _published(GRAPHS, gpu)
+        yield Item(GRAPHS, nodes * each.bytes, each.basis, f"{nodes} kernels; {each.source}")
+    else:
+        yield Item(CUDA_CONTEXT, row.bytes[CUDA_CONTEXT], "measured", str(row))
+        yield Item(LOADED_KERNELS, row.bytes[LOADED_KERNELS], "measured", str(row))
+        graphs = -(-row.bytes[GRAPHS] * nodes // max(row.graph_nodes, 1))
+        yield Item(GRAPHS, graphs, "measured", f"{row}: {row.graph_nodes} kernels, here {nodes}")
+    # A spilled register costs its bytes for every thread that the card can hold.
+    yield Item(
+        LOCAL_MEMORY, 0, "computed", "no kernel of albor's spills: benchmarks/results/kernels-aot.json"
+    )
+    yield from _from_allocator(plan)
+    if row is None:
+        reason = "what is published for one context differs by 256 MiB (albor/memory/outside.json)"
+        yield Item(MARGIN, _MARGIN_BYTES, "estimate", reason)
+
+
+def _from_allocator(plan: MemoryPlan) -> Iterator[Item]:
+    """What PyTorch takes, and what it takes too much. The trainer has one thread that asks for products, and
+    gives them to one stream: cuBLAS has one handle and one workspace.
+    """
+    allocator = CachingAllocator.configured()
+    arena, cublas, lt = plan.size("device"), cublas_workspace_bytes(), cublaslt_workspace_bytes()
+    yield Item(CUBLAS, cublas, "computed", "CUBLAS_WORKSPACE_CONFIG, by CublasHandlePool.cpp", True)
+    if lt:
+        yield Item(CUBLASLT, lt, "computed", "TORCH_CUBLASLT_UNIFIED_WORKSPACE=0: its own", True)
+    yield from _temporaries(plan)
+    if not plan.temporaries:
+        yield Item(GRAPH_POOL, 0, "computed", "captured kernels work in the arena alone", True)
+    # Small tensors, such as a sum on its way to the host: on the default stream, and on that of the products.
+    reserved = allocator.reserved([arena, 1]) + allocator.reserved([cublas, lt, 1])
+    reserved += sum(allocator.reserved([size]) for size in plan.temporaries.values())
+    rounding = reserved - arena - cublas - lt - sum(plan.temporaries.values())
+    yield Item(ROUNDING, rounding, "computed", "CUDACachingAllocator.cpp", True)
+
+
+def _temporaries(plan: MemoryPlan) -> Iterator[Item]:
+    for name, size in plan.temporaries.items():
+        basis: Literal["estimate", "computed"] = "estimate" if "(estimate)" in name else "computed"
+        yield Item(name, size, basis, "albor.memory.attention_bytes", plan.device == "cuda")
+
+
+def graph_nodes(plan: MemoryPlan) -> int:
+    """Kernels in the graphs that a run captures, at most."""
+    layers = sum(phase.startswith("forward.") for phase in plan.phases)
+    # A first micro-batch replaces the sums on the device, and the others add to them: two sets of graphs.
+    return NODES_PER_LAYER * (layers + 1) * (2 if plan.accumulator == "gpu" else 1)
+
+
+def _published(item: str, gpu: Gpu | None) -> Item:
+    """Of what is published of `item`, what is for cards like `gpu`; the most, where nothing is."""
+    rows = [row for row in _table() if row.item == item]
+    alike = [row for row in rows if gpu and row.capability == list(gpu.compute_capability)]
+    row = max(alike or rows, key=lambda row: row.bytes)
+    return Item(item, row.bytes, "estimate", row.source)
+
+
+@cache
+def _table() -> tuple[_Published, ...]:
+    value = json.loads(TABLE.read_text(encoding="utf-8"))
+    assert value["schema"] == SCHEMA, f"{TABLE} is of schema {value['schema']}, and this code reads {SCHEMA}"
+    return tuple(_Published(**row) for row in value["rows"])
+
+
+# An estimate asks some hundred times, when it looks for a configuration that fits.
+_installed = cache(Software.installed)
+_read = cache(lambda path, _changed: read_calibrations(path))
+
+
+def _stored() -> Stored:
+    path = calibration_path()
+    try:
+        status = path.stat()
+    except OSError:
+        return read_calibrations(path)
+    stored: Stored = _read(path, (status.st_mtime_ns, status.st_size, status.st_ino))
+    return stored

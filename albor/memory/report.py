@@ -14,7 +14,7 @@ from albor.errors import DoesNotFit
 from albor.memory.estimate import Estimate
 from albor.memory.estimate import estimate as estimate_run
 from albor.memory.nvml import MEASURED
-from albor.memory.outside import ESTIMATED
+from albor.memory.outside import MARGIN
 from albor.memory.plan import peak_buffers
 from albor.memory.plot import check_target, plot_phases
 from albor.units import format_bytes
@@ -43,8 +43,11 @@ def render(estimate: Estimate, console: Console) -> None:
             bar = "█" * round(_BAR_WIDTH * size / arena) if console.is_terminal else ""
             table.add_row(f"  {group}", format_bytes(size), f"{size / arena:.1%}", Text(bar, style="cyan"))
     _add_heading(table, "Outside the arena", sum(estimate.outside.values()), estimate.required_bytes)
-    for item, size in estimate.outside.items():
-        table.add_row(f"  {item}{' (estimate)' if item in ESTIMATED else ''}", format_bytes(size))
+    for item in estimate.outside_items:
+        said = item.name == MARGIN or "(estimate)" in item.name
+        basis = " (estimate)" if item.basis == "estimate" and not said else ""
+        if item.bytes:
+            table.add_row(f"  {item.name}{basis}", format_bytes(item.bytes))
     if plan.device == "cpu":
         _add_heading(table, "Gradients summed", plan.size("host"), estimate.required_bytes)
     console.print()
@@ -61,6 +64,7 @@ def render(estimate: Estimate, console: Console) -> None:
         _print(console, f"Held     {estimate.held}")
     if estimate.hardware.gpu and estimate.hardware.gpu.source != MEASURED:
         _print(console, f"Capacity {estimate.hardware.gpu.source}")
+    _print(console, f"Outside  {estimate.calibration_note}")
     flops = estimate.architecture.flops_per_token(config.data.sequence_length)
     tokens = config.steps * config.tokens_per_step
     _print(console, f"Compute  {flops / 1e9:.2f} GFLOP per token, {flops * tokens:.2e} FLOP in all")

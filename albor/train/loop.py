@@ -279,7 +279,8 @@ def evaluate_session(session: Session, batches: int, stop: StopRequest) -> Valid
         session.data.validation, config.data.sequence_length, sequences, evaluation_batch(config)
     )
     trainer, token_bytes = session.trainer, session.data.tokenizer.token_bytes
-    return validate(trainer.model, trainer.input, _until(stop, held_out, step), token_bytes)
+    with trainer.streams.computing():  # where cuBLAS has its workspace: each stream would have its own
+        return validate(trainer.model, trainer.input, _until(stop, held_out, step), token_bytes)
 
 
 def _until(stop: StopRequest, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
@@ -299,15 +300,16 @@ def draw_samples(session: Session, stop: StopRequest) -> list[Sample]:
         faults.reach("sample.begin", step)
         stop.check()
         try:
-            generation = generate(
-                Decoder(session.trainer.model, session.trainer.arena),
-                session.data.tokenizer,
-                prompt,
-                max_tokens=config.evaluate.sample_tokens,
-                temperature=config.evaluate.temperature,
-                seed=derive_seed(config.seed, "sample", step, index),
-                on_token=stop.check,
-            )
+            with session.trainer.streams.computing():
+                generation = generate(
+                    Decoder(session.trainer.model, session.trainer.arena),
+                    session.data.tokenizer,
+                    prompt,
+                    max_tokens=config.evaluate.sample_tokens,
+                    temperature=config.evaluate.temperature,
+                    seed=derive_seed(config.seed, "sample", step, index),
+                    on_token=stop.check,
+                )
         except NotFinite:  # for the guard to judge, at the next step; a sample ends no run
             samples.append(Sample(prompt, None))
         else:

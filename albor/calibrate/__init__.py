@@ -1,0 +1,1 @@
+"""`albor calibrate`: measures what a run takes beside its arena here, for `albor vram-estimate`."""

@@ -199,13 +199,19 @@ def test_a_terminal_gets_colour_and_bars() -> None:
     assert "█" in out.getvalue()
 
 
-def test_no_torch() -> None:
+def test_the_answer_takes_no_torch_little_memory_and_little_time() -> None:
+    """40 MB and a quarter of a second on an idle machine; of the time the bound allows for a busy one."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom rich.console import Console\n"
+        "import sys, time\nfrom pathlib import Path\nfrom rich.console import Console\nimport albor.cli\n"
         "from albor.configfile import load_config\nfrom albor.memory.report import run_estimate\n"
         f"config = load_config(Path({str(CONFIGS / 'pretrain-350m.yaml')!r}))\n"
         "assert run_estimate(config, 'RTX 4090', None, False, Console()) == 0\n"
-        "assert not {'torch', 'numpy', 'sentencepiece'} & set(sys.modules)\n"
+        "assert not {'torch', 'numpy', 'sentencepiece', 'matplotlib', 'pynvml'} & set(sys.modules)\n"
+        "status = Path('/proc/self/status')\n"
+        "if status.exists():  # of this program: what its parent held does not count\n"
+        "    peak = next(row for row in status.read_text().splitlines() if row.startswith('VmHWM'))\n"
+        "    assert int(peak.split()[1]) < 60_000, peak\n"
+        "assert time.process_time() < 1, time.process_time()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

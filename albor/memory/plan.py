@@ -28,6 +28,7 @@ from albor.memory.packing import Lifetime, live_sizes, pack
 
 Place = Literal["device", "pinned", "host"]
 Group = Literal["weights", "master", "moments", "gradients", "activations", "scratch", "logits", "io"]
+PLACES: tuple[Place, ...] = ("device", "pinned", "host")
 GROUPS: tuple[Group, ...] = (
     "weights", "master", "moments", "gradients", "activations", "scratch", "logits", "io",
 )  # fmt: skip

@@ -39,6 +39,7 @@ class Rule:
     """One rule, as it was written and as it is understood."""
 
     text: str
+    metric_name: str  # as it was written, with its stars
     metric: re.Pattern[str]
     holds: Callable[[float], bool]
 
@@ -55,13 +56,13 @@ def parse_rule(text: str) -> Rule:
     if sign == "is":
         if operand.split() != _NOT_FINITE.split():
             raise ValueError(f"'is' is followed by {operand!r}; write {name} is not finite")
-        return Rule(text, pattern, lambda value: not math.isfinite(value))
+        return Rule(text, name, pattern, lambda value: not math.isfinite(value))
     if sign not in _OPERATORS:
         raise ValueError(f"{sign!r} is no comparison; {_REMEDY}")
     if not _NUMBER.fullmatch(operand) or not math.isfinite(float(operand.replace("_", ""))):
         raise ValueError(f"{operand!r} is no finite number; {_REMEDY}")
     compare, bound = _OPERATORS[sign], float(operand.replace("_", ""))
-    return Rule(text, pattern, lambda value: compare(value, bound))
+    return Rule(text, name, pattern, lambda value: compare(value, bound))
 
 
 def check_rule(text: str) -> str:
@@ -102,16 +103,25 @@ class Watch:
         """
         alarms = []
         for rule, action in self._rules:
-            holding = self._holding[rule.text]
-            held = bool(holding)
-            for metric, value in metrics.items():
-                if rule.metric.fullmatch(metric):
-                    holding.pop(metric, None)
-                    if value is not None and rule.holds(value):
-                        holding[metric] = value
+            held = bool(self._holding[rule.text])
+            holding = self._holding[rule.text] = self._holding_with(rule, metrics)
             if holding and not held:
                 alarms.append(Alarm(rule.text, action, dict(holding)))
         return alarms
+
+    def changes(self, metrics: Metrics) -> bool:
+        """Whether a row of these metrics would make a rule begin to hold, or end to. Without such a row, what
+        is remembered is what the rows so far say.
+        """
+        return any(
+            bool(self._holding_with(rule, metrics)) != bool(self._holding[rule.text])
+            for rule, _ in self._rules
+        )
+
+    def _holding_with(self, rule: Rule, metrics: Metrics) -> dict[str, float]:
+        seen = {metric: value for metric, value in metrics.items() if rule.metric.fullmatch(metric)}
+        others = {metric: v for metric, v in self._holding[rule.text].items() if metric not in seen}
+        return others | {metric: v for metric, v in seen.items() if v is not None and rule.holds(v)}
 
     def holding(self, action: Action) -> list[Alarm]:
         """The rules with this action that hold by the rows so far."""

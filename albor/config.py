@@ -266,8 +266,8 @@ class TrainConfig(Section):
 
 class DivergenceConfig(Section):
     """What happens when loss or gradient are not finite, or jump. A step with a loss or a gradient norm that
-    is not finite is always skipped: weights, moments and bias correction stay as they are, data and schedule
-    go on.
+    is not finite, or exactly 0, is always skipped: weights, moments and bias correction stay as they are,
+    data and schedule go on.
     """
 
     max_skips: Count = Field(
@@ -384,10 +384,11 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     alerts: dict[Annotated[str, AfterValidator(check_rule)], Action] = Field(
         {},
-        description="Rules on metrics, each with what happens when it holds for a logged row: `warn` says so "
-        "once, `stop` saves and ends the run with exit code 1. `train/loss > 10: stop`, "
+        description="Rules on metrics, each with what happens when it holds after a step or an evaluation: "
+        "`warn` says so once, `stop` saves and ends the run with exit code 1. `train/loss > 10: stop`, "
         "`gradients/* > 100: warn`, `val/loss is not finite: stop`; * stands for any characters, and a rule "
-        "that begins with it is to be quoted. The metrics are those in metrics.jsonl.",
+        "that begins with it is to be quoted. The metrics are those in metrics.jsonl; `memory/*`, "
+        "`train/mfu` and `train/tokens_per_second` are measured when a row is due (`log.every_steps`).",
     )
 
     @property

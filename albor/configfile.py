@@ -3,8 +3,8 @@
     configs/mine.yaml:12: model.hiden_size: unknown key; did you mean hidden_size?
     command line: optimizer.lr: is the text 'fast'; a number is expected
 
-Types and ranges are pydantic's to judge, relations between keys are `check_algebra`'s; this module says where
-a problem stands and what would be right.
+Types and ranges are pydantic's to judge, relations between keys are `check_algebra`'s, and what a rule may be
+about is `check_alerts`'; this module says where a problem stands and what would be right.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from albor.config import RunConfig, Section, Source, check_algebra
 from albor.errors import ConfigError, Problem
+from albor.metric_names import check_alerts
 from albor.yamlcore import (
     COMMAND_LINE,
     MAX_BYTES,
@@ -71,14 +72,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         _apply_override(document, override)
 
     config, broken = _validate(document)
-    for problem in check_algebra(config):
+    for problem in [*check_algebra(config), *check_alerts(config)]:
         keys = (problem.key, *problem.related)
         if not any(_overlap(key, other) for key in keys for other in broken):
-            paths = [tuple(key.split(".")) for key in keys]
+            paths = [_path_of(key) for key in keys]
             document.refuse(paths[0], problem.message, problem.remedy, _blame(document, paths))
     if document.problems:
         raise ConfigError(_first(sorted(document.problems, key=_line)))
     return config
+
+
+def _path_of(key: str) -> KeyPath:
+    """A rule of `alerts` is one key, whatever points there are in its number."""
+    return tuple(key.split(".", 1 if key.startswith("alerts.") else -1))
 
 
 def _first(problems: list[Problem]) -> list[Problem]:

@@ -16,6 +16,7 @@ from albor.checkpoint import checkpoint_name
 from albor.config import RunConfig
 from albor.configfile import dump_config, load_config
 from albor.errors import ConfigError
+from albor.metric_names import metric_names
 from albor.runlog import read_rows
 from albor.train.loop import Loop
 from albor.train.metrics import MetricsLog, known_metrics
@@ -134,6 +135,37 @@ def test_all_that_is_wrong_is_said_at_once_and_where(tmp_path: Path, config: Pat
     assert "use 'warn' or 'stop'" in said[4]
     assert "as a key" in said[5]
     assert call("train", config, "alerts={train/loss >: stop}", "--dry-run").code == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("train/los > 10", "a run of this model has no metric train/los; did you mean train/loss?"),
+        ("trian/* > 1.5", "no metric trian/*; did you mean train/*?"),
+        ("val/bits_per_bite > 0.5", "did you mean val/bits_per_byte?"),
+        ("gradients/block_02 > 1", "its blocks are gradients/block_00 to gradients/block_01, and each has"),
+        ("gradients/block_00/ffn > 1", "and each has /attention and /mlp"),
+        ("x* > 1", "there are train/loss, train/lr"),
+    ],
+)
+def test_a_rule_on_a_metric_that_no_run_has_is_refused(rule: str, says: str, config: Path, tmp_path: Path):
+    """On its line; with the name that was meant."""
+    path = tmp_path / "wrong.yaml"
+    path.write_text(config.read_text() + f"alerts:\n  train/loss > 1.5: warn\n  {rule}: stop\n")
+    result = call("train", path, "--dry-run")
+    assert result.code == 2
+    line = len(config.read_text().splitlines()) + 3
+    assert f"{path}:{line}: alerts.{rule}: a run of this model has no metric" in result.err
+    assert says in result.err
+    assert call("train", config, f"alerts={{{json.dumps(rule)}: stop}}", "--dry-run").code == 2
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_the_metrics_that_rules_may_be_about_are_those_that_a_run_logs(tied: str, config: Path):
+    given = f"model.tie_word_embeddings={tied}"
+    assert train(config, given, "train.max_steps=4", "schedule.warmup_steps=1").code == 0
+    logged = {name for row in rows(RUN) for name in row} - {"step", "tokens", "non_finite"}
+    assert logged == set(metric_names(load_config(config, [given])))
 
 
 def test_rules_survive_being_written_out(config: Path, tmp_path: Path):
@@ -306,6 +338,46 @@ def test_without_looking_back_a_stop_would_be_forgotten(config: Path, monkeypatc
     assert rows(RUN)[-1]["step"] == step + 1
 
 
-def test_rules_are_judged_on_logged_rows_alone(config: Path, whole: dict[str, Any]):
+def between_rows(whole: dict[str, Any]) -> tuple[str, list[int]]:
+    """A warning that begins and ends in the steps 9 to 12, none of which is logged every seventh step, and
+    where it does; by loss, which is another one at every step.
+    """
+    losses = {row["step"]: row["train/loss"] for row in whole["rows"] if "train/loss" in row}
+    bound = losses[10]
+    rule = f'alerts={{"train/loss > {bound!r}": warn}}'
+    holds = {step: loss > bound for step, loss in losses.items()} | {0: False}
+    return rule, [step for step in range(1, 25) if holds[step] != holds[step - 1]]
+
+
+def test_rules_are_judged_at_every_step_and_a_row_says_where_one_held(config: Path, whole: dict[str, Any]):
     assert train(config, reaches(10, whole), "log.every_steps=7").code == 1
-    assert rows(RUN)[-1]["step"] == 14
+    assert [row["step"] for row in rows(RUN) if "train/loss" in row] == [1, 7, 10]
+
+
+def test_what_rules_saw_between_rows_survives_kills(config: Path, whole: dict[str, Any]):
+    """A row is written where one begins or ends to hold, so that a run which resumes knows as much."""
+    rule, turns = between_rows(whole)
+    assert set(turns) & {9, 10, 11, 12}, "nothing happens between two rows"
+    arguments = (rule, "log.every_steps=7", "checkpoint.every_steps=3")
+    assert train(config, *arguments, "name=unkilled").code == 0
+    expected, alerts = bits(Path("runs/unkilled")), events(Path("runs/unkilled"), "alert")
+    logged = {row["step"] for row in expected["rows"] if "train/loss" in row}
+    assert logged == {1, 7, 14, 21, 24, *turns}
+    for step in (11, 13, 17):
+        killed(config, "step.begin", step, *arguments)
+    assert train(config, *arguments).code == 0
+    assert bits(RUN) == expected
+    steps = {event["step"] for event in alerts}
+    assert {event["step"] for event in events(RUN, "alert")} == steps == set(turns[::2])
+
+
+def test_a_row_that_would_change_nothing_is_known_before(whole: dict[str, Any]):
+    watch = Watch({"*/loss > 3": "warn"})
+    assert not watch.changes({"train/loss": 2.0})
+    assert watch.changes({"train/loss": 4.0})
+    assert watch.holding("warn") == [], "asking is not telling"
+    watch.judge({"train/loss": 4.0})
+    assert not watch.changes({"train/loss": 5.0})
+    assert watch.changes({"train/loss": 2.0})
+    watch.judge({"val/loss": 4.0})
+    assert not watch.changes({"train/loss": 2.0}), "val/loss holds on"

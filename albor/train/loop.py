@@ -108,13 +108,14 @@ class Loop:
     def _after_step(self, result: StepResult) -> None:
         config, step = self.session.config, self.session.state.step
         self.saver.poll()
-        last, alarm = step == config.steps, None
-        if step % config.log.every_steps == 0 or last or step == 1 or result.verdict.kind != "good":
-            alarm = self._log_row(result)
+        last, alarm, metrics = step == config.steps, None, self._metrics(result)
+        due = step % config.log.every_steps == 0 or last or step == 1 or result.verdict.kind != "good"
+        if due or self._watch.changes(metrics):
+            alarm = self._log_row(metrics)
         reason = self.divergence.reason_to_roll_back()
         # While steps are skipped the weights may be past saving, and would push good checkpoints out.
-        due = reason is None and (last or (self._owes_save() and result.updated))
-        if due and not self._save(planned=True):
+        owed = last or (self._owes_save() and result.updated)
+        if reason is None and owed and not self._save(planned=True):
             reason = f"{NOT_FINITE}, and were not saved"
         if alarm is not None:
             self._stop_by(alarm)
@@ -173,21 +174,29 @@ class Loop:
             "once that rule is changed or removed (alerts)"
         )
 
-    def _log_row(self, result: StepResult) -> Alarm | None:
-        """Returns the alarm that the row sets off, if it is to end the run."""
+    def _metrics(self, result: StepResult) -> dict[str, float | None]:
+        """What is known of every step; the alerts see it whether or not a row is due."""
+        return {
+            "train/loss": result.loss,
+            "train/lr": result.lr,
+            "train/grad_norm": result.grad_norm,
+            "train/epoch": max(self.session.loader.epochs()),
+            **{f"gradients/{group}": norm for group, norm in result.gradient_norms.items()},
+        }
+
+    def _log_row(self, metrics: Mapping[str, float | None]) -> Alarm | None:
+        """Logs these and what is measured for a row. Returns the alarm that it sets off, if it is to end the
+        run.
+        """
         session = self.session
         rate = self.clock.take()
         flops = session.trainer.architecture.flops_per_token(session.config.data.sequence_length)
         row = {
-            "train/loss": result.loss,
-            "train/lr": result.lr,
-            "train/grad_norm": result.grad_norm,
+            **metrics,
             "train/tokens_per_second": rate,
             "train/mfu": rate * flops / self.peak_flops if rate and self.peak_flops else None,
-            "train/epoch": max(session.loader.epochs()),
             **self.memory.row(),
         }
-        row |= {f"gradients/{group}": norm for group, norm in result.gradient_norms.items()}
         self.log.row(session.state.step, session.tokens, row)
         self.display.row(session.state.step, row)
         return self._judge(row)

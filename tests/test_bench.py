@@ -864,3 +864,17 @@ def test_a_card_that_only_cuda_would_choose_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "read_machine", lambda: (None, [may_be, may_be]))
     with pytest.raises(ConfigError, match="one of several devices; set CUDA_VISIBLE_DEVICES to a UUID"):
         machine.chosen_gpu()
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4060 Ti", 44.1e12),  # sold with 8 GB and with 16 GB
+        ("NVIDIA GeForce RTX 3080", None),  # sold with two memories and as many multiprocessors
+        ("NVIDIA Novelty", None),
+    ],
+)
+def test_the_peak_of_a_name_that_fits_two_cards(device: str, peak: float | None) -> None:
+    assert reporting._peak_flops({"is_gpu": True, "device": device}) == peak
+    assert reporting._peak_flops({"is_gpu": False, "device": device}) is None

@@ -14,9 +14,8 @@ from albor.bench.goals import GOALS
 from albor.bench.peers import PEERS
 from albor.bench.protocol import OWN, PROFILED, REFERENCE, Options, Run
 from albor.bench.records import Found
-from albor.errors import ConfigError
 from albor.floor import Attention, Calibration, Floor, Gemm, NotCalibrated, Work, floor, step_work
-from albor.memory.cards import find_gpu
+from albor.memory.cards import matching_gpus
 from albor.memory.plan import head_chunk_tokens
 
 MFU_FORMULA = "causal: 6 * weights in GEMMs + 6 * layers * heads * head width * length, per token"
@@ -77,10 +76,8 @@ def build_report(
 def _peak_flops(here: dict[str, Any]) -> float | None:
     if not here["is_gpu"]:
         return None
-    try:
-        return find_gpu(here["device"]).bf16_peak_flops
-    except ConfigError:
-        return None
+    peaks = {gpu.bf16_peak_flops for gpu in matching_gpus(here["device"])}  # some are sold with two memories
+    return peaks.pop() if len(peaks) == 1 else None
 
 
 def _case(

@@ -426,7 +426,6 @@ def generate(
     from albor.generate.load import load_for_inference
     from albor.model.decode import Decoder
 
-    _, model, tokenizer, arena = load_for_inference(run)
     text = _read_prompt(prompt)
     unwritten = text  # until the first piece comes: what is refused has not been echoed
 
@@ -436,20 +435,23 @@ def generate(
         sys.stdout.flush()
         unwritten = ""
 
-    generation = write(
-        Decoder(model, arena),
-        tokenizer,
-        text,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=stop or [],
-        seed=seed,
-        on_text=None if as_json else show,
-    )
+    with explained("find out what else uses it, or write on a larger machine"):
+        _, model, tokenizer, arena = load_for_inference(run)
+        generation = write(
+            Decoder(model, arena),
+            tokenizer,
+            text,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop or [],
+            seed=seed,
+            on_text=None if as_json else show,
+        )
     if as_json:
         print(json.dumps({
+    from albor.memory.shortage import explained
             "prompt": text, "text": generation.text, "tokens": len(generation.tokens),
             "prompt_tokens": generation.prompt_tokens, "stop_reason": generation.stop_reason,
             "seconds": generation.seconds,

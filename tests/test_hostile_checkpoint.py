@@ -28,6 +28,7 @@ from albor import strictjson
 from albor.checkpoint import BEST, candidates, checkpoint_name, load, read_best, verify
 from albor.data.cache import file_sha256
 from albor.errors import CheckpointError, DamagedCheckpoint
+from albor.generate import load as generate_load
 from albor.manifest import MANIFEST, STATE
 from albor.strictjson import DEEPEST, LARGEST, from_json
 from albor.tensorfile import FileRecord
@@ -366,6 +367,39 @@ def write_with_hash(path: Path, content: dict[str, Any]) -> None:
     content.pop("sha256", None)
     content["sha256"] = hashlib.sha256(to_json(content)).hexdigest()
     path.write_bytes(to_json(content))
+
+
+# A configuration that asks for more than there is
+
+
+HUGE = {
+    "vocab_size: 360": ("vocab_size: 2000000000", "describes another model than weights.safetensors", 1),
+    "hidden_size: 32": ("hidden_size: 3200000000", "describes another model than weights.safetensors", 1),
+    "max_position_embeddings: 64": (
+        f"max_position_embeddings: {2**50}",
+        "writing with this model takes",
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("key", HUGE)
+def test_a_configuration_that_is_too_large_is_refused_before_anything_is_allocated(
+    config: Path, key: str, monkeypatch: pytest.MonkeyPatch
+):
+    huge, says, code = HUGE[key]
+    text = (NEWEST / "config.yaml").read_text()
+    assert key in text
+    forge(NEWEST, "config.yaml", text.replace(key, huge).encode())
+    monkeypatch.setattr(generate_load, "Arena", allocate)
+    refused(call("generate", NEWEST), checkpoint_name(STEP), says, code=code)
+    for guard in ("_check_shapes", "_check_fits"):  # the guards dropped: what cannot fail proves nothing
+        monkeypatch.setattr(generate_load, guard, lambda *_: None)
+    refused(call("generate", NEWEST), "out of memory: [enforce fail]", "write on a larger machine")
+
+
+def allocate(*_: Any) -> Any:
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nbacktrace")
 
 
 # A state that fits no run

@@ -12,12 +12,14 @@ from albor.architecture import Architecture
 from albor.config import RunConfig
 from albor.configfile import load_config
 from albor.data.tokenizer import Tokenizer
-from albor.errors import CheckpointError
+from albor.errors import CheckpointError, DoesNotFit
+from albor.manifest import Manifest
 from albor.memory.arena import Arena
-from albor.memory.devices import compute_dtype
-from albor.memory.plan import plan_inference
+from albor.memory.devices import compute_dtype, this_machine
+from albor.memory.plan import MemoryPlan, plan_inference
 from albor.model.parameters import named_tensors
 from albor.model.transformer import Transformer
+from albor.units import format_bytes
 
 _CONFIG, _TOKENIZER, _WEIGHTS = "config.yaml", "tokenizer.model", "weights"
 
@@ -37,14 +39,15 @@ def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "aut
 
     It need not have been trained on this machine: `auto` is CUDA if there is a GPU, and weights are rounded
     where another dtype is computed in here. There is memory to write in, and to evaluate `batch` sequences at
-    a time. Raises CheckpointError where there is no intact checkpoint.
+    a time. Raises CheckpointError where there is no intact checkpoint, and DoesNotFit where there is not as
+    much memory as its configuration asks for.
     """
     place: Literal["cuda", "cpu"] = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     return checkpoint.first_intact(checkpoint.candidates(path), lambda found: _load(found, place, batch))
 
 
 def _load(directory: Path, place: Literal["cuda", "cpu"], batch: int) -> Loaded:
-    checkpoint.verify(directory, tensors=False)
+    manifest = checkpoint.verify(directory, tensors=False)
     config = load_config(directory / _CONFIG)
     tokenizer = Tokenizer.load(directory / _TOKENIZER)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -55,7 +58,37 @@ def _load(directory: Path, place: Literal["cuda", "cpu"], batch: int) -> Loaded:
     # The CPU has no fp16 arithmetic worth the name, but may well write with what was trained in it.
     precision = "fp32" if place == "cpu" and config.train.precision == "fp16" else config.train.precision
     architecture = Architecture.from_config(config.model)
-    arena = Arena(plan_inference(config, place, compute_dtype(precision, place), batch), place)
+    # Both before anything is allocated: the configuration may be a stranger's.
+    _check_shapes(directory, manifest, architecture)
+    plan = plan_inference(config, place, compute_dtype(precision, place), batch)
+    _check_fits(directory, plan, place)
+    arena = Arena(plan, place)
     weights = named_tensors(arena["weights"], architecture)
     checkpoint.load(directory, {_WEIGHTS: weights}, partial=True, convert=True)
     return Loaded(config, Transformer(architecture, arena, config.data.sequence_length), tokenizer, arena)
+
+
+def _check_shapes(directory: Path, manifest: Manifest, architecture: Architecture) -> None:
+    """The weights that the manifest lists are those of the model that the configuration describes."""
+    file = f"{_WEIGHTS}.safetensors"
+    found = {name: spec.shape for name, spec in manifest.tensors.get(file, {}).items()}
+    wanted = {parameter.name: parameter.shape for parameter in architecture.parameters}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            sizes = [list(shapes[name]) if name in shapes else "missing" for shapes in (wanted, found)]
+            problem = (
+                f"describes another model than {file} holds: {name} would be {sizes[0]}, and is {sizes[1]}"
+            )
+            raise CheckpointError(f"{directory / _CONFIG}: {problem}")
+
+
+def _check_fits(directory: Path, plan: MemoryPlan, place: Literal["cuda", "cpu"]) -> None:
+    """By the arena alone, which is nearly all of it: what is refused here could not succeed."""
+    hardware = this_machine(place)
+    needed = plan.size("device") + (plan.size("host") + plan.size("pinned") if place == "cpu" else 0)
+    if hardware.capacity_bytes is not None and needed > hardware.capacity_bytes:
+        raise DoesNotFit(
+            f"{directory}: writing with this model takes {format_bytes(needed)}, and "
+            f"{format_bytes(hardware.capacity_bytes)} are free ({hardware.description}); free some, or write "
+            "on a larger machine"
+        )

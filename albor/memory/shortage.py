@@ -5,8 +5,12 @@ their own way.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from albor.errors import AlborError
 
 # What comes as a RuntimeError, or as torch.AcceleratorError, which is one.
 _SAID = re.compile(
@@ -21,6 +25,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _SAID.match(str(error)) is not None
+
+
+@contextmanager
+def explained(remedy: str) -> Iterator[None]:
+    """Makes an AlborError, which says `remedy`, of a shortage in the block."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise AlborError(f"out of memory: {reason}; {remedy}") from error
 
 
 def give_back() -> None:

@@ -424,6 +424,7 @@ def generate(
     """
     from albor.generate.generate import generate as write
     from albor.generate.load import load_for_inference
+    from albor.memory.shortage import explained
     from albor.model.decode import Decoder
 
     text = _read_prompt(prompt)
@@ -451,7 +452,6 @@ def generate(
         )
     if as_json:
         print(json.dumps({
-    from albor.memory.shortage import explained
             "prompt": text, "text": generation.text, "tokens": len(generation.tokens),
             "prompt_tokens": generation.prompt_tokens, "stop_reason": generation.stop_reason,
             "seconds": generation.seconds,

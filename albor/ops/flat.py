@@ -8,6 +8,7 @@ import math
 
 import torch
 
+_POSITIONS = 256  # of the rotary tables that are computed in float64 at a time
 NORM_ROW = 4096  # elements of a gradient that are squared and summed in its own precision
 
 
@@ -15,9 +16,10 @@ def rotary_tables(theta: float, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Fills cos and sin (positions, D/2): the angle of pair i at position t is t * theta^(-2i / D)."""
     positions, half = cos.shape
     frequency = theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
-    cos.copy_(angle.cos())
-    sin.copy_(angle.sin())
+    for part in torch.arange(positions).split(_POSITIONS):
+        angle = torch.outer(part.double(), frequency)
+        cos[part[0] : part[-1] + 1].copy_(angle.cos())
+        sin[part[0] : part[-1] + 1].copy_(angle.sin())
 
 
 def accumulate(gradient: torch.Tensor, sums: torch.Tensor, scratch: torch.Tensor) -> None:

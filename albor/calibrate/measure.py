@@ -17,14 +17,8 @@ from pathlib import Path
 
 from albor.config import RunConfig
 from albor.errors import AlborError
-from albor.memory.outside import (
-    CUDA_CONTEXT,
-    GRAPHS,
-    LOADED_KERNELS,
-    PROCESS,
-    graph_nodes,
-    outside_items,
-)
+from albor.memory.calibration import CUDA_CONTEXT, GRAPHS, LOADED_KERNELS, PROCESS
+from albor.memory.outside import graph_nodes, outside_items
 from albor.memory.plan import MemoryPlan, plan_training
 from albor.memory.process import CardProcess, peak_resident, resident
 from albor.memory.pytorch import pin_cublas_workspace
@@ -32,7 +26,7 @@ from albor.memory.pytorch import pin_cublas_workspace
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes by item of `albor.memory.outside`, and how they were read."""
+    """What a row of `albor.memory.calibration` holds of this process."""
 
     method: str
     bytes: dict[str, int]

@@ -102,7 +102,11 @@ def _measure(device: str, say: Callable[[str], None]) -> Measured:
     result: dict[str, Any] = {}
 
     def listen(stream: IO[str], hear: Callable[[str], None]) -> Thread:
-        thread = Thread(target=lambda: [hear(line) for line in stream], daemon=True)
+        def each() -> None:
+            for line in stream:
+                hear(line)
+
+        thread = Thread(target=each, daemon=True)
         thread.start()
         return thread
 

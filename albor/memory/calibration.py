@@ -17,6 +17,10 @@ from albor.strictjson import from_json, read_bounded
 
 SCHEMA = 1
 VARIABLE = "ALBOR_CALIBRATION"
+# What is measured, by its name among `albor.memory.outside`'s items.
+CUDA_CONTEXT, LOADED_KERNELS, GRAPHS = "CUDA context", "loaded kernels", "CUDA graphs"
+PROCESS = "Python and torch"
+MEASURED = {"cuda": {CUDA_CONTEXT, LOADED_KERNELS, GRAPHS}, "cpu": {PROCESS}}
 _DRIVER = Path("/sys/module/nvidia/version")  # the kernel module's; there is none in WSL
 
 
@@ -32,7 +36,7 @@ class Calibration:
     cuda: str | None  # that torch is built for
     date: str  # ISO 8601
     method: str  # what was read
-    bytes: dict[str, int]  # by item of `albor.memory.outside`
+    bytes: dict[str, int]  # by item: those of MEASURED
     graph_nodes: int = 0  # of the graphs that bytes["CUDA graphs"] belongs to
     # What else was seen on the way, in bytes: for people, and to be compared with what the plan computes.
     details: dict[str, int] = field(default_factory=dict)
@@ -94,9 +98,13 @@ def _row(value: Any) -> Calibration:
     row = Calibration(**value)
     texts = (row.device, row.torch, row.date, row.method)
     optional = (row.gpu, row.driver, row.triton, row.cuda)
-    sizes = [*row.bytes.values(), *row.details.values(), row.graph_nodes]
-    if row.device not in ("cpu", "cuda") or (row.device == "cuda") != (row.gpu is not None):
+    if row.device not in MEASURED or (row.device == "cuda") != (row.gpu is not None):
         raise ValueError("a row says neither cpu nor a card")
+    if not isinstance(row.bytes, dict) or set(row.bytes) != MEASURED[row.device]:
+        raise ValueError("a row has other sizes than are measured")
+    if not isinstance(row.details, dict):
+        raise ValueError("a row has no details")
+    sizes = [*row.bytes.values(), *row.details.values(), row.graph_nodes]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is missing")
     if not all(text is None or isinstance(text, str) for text in optional):

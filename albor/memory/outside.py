@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from albor.memory.calibration import (
+    CUDA_CONTEXT,
+    GRAPHS,
+    LOADED_KERNELS,
+    PROCESS,
     Calibration,
     Software,
     Stored,
@@ -30,16 +34,12 @@ from albor.units import GIB, MIB
 TABLE = Path(__file__).with_name("outside.json")
 SCHEMA = 1
 
-CUDA_CONTEXT = "CUDA context"
-LOADED_KERNELS = "loaded kernels"
 TRITON_MODULES = "Triton modules"
 LOCAL_MEMORY = "local-memory pool"
-GRAPHS = "CUDA graphs"
 GRAPH_POOL = "graph pool"
 CUBLAS, CUBLASLT = "cuBLAS workspace", "cuBLASLt workspace"
 ROUNDING = "allocator rounding"
 MARGIN = "margin, not calibrated"
-PROCESS = "Python and torch"
 PREPARATION = "data preparation"
 
 # What is published for one and the same thing, a context, lies between 256 and 512 MiB (outside.json): the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import replace
@@ -115,20 +116,20 @@ class _Card:
     """A CardProcess with readings that were made up."""
 
     def __init__(self, *readings: Reading):
-        self.readings, self.ages, self.closed = list(readings), [], False
+        self.readings, self.asked, self.closed = list(readings), 0, False
 
-    def read(self, max_age: float = 0.0) -> Reading:
-        self.ages.append(max_age)
+    def read(self) -> Reading:
+        self.asked += 1
         return self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
 
     def close(self) -> None:
         self.closed = True
 
 
-def on_a_card(tmp_path: Path, card: Any) -> tuple[MemoryRecord, Estimate]:
+def on_a_card(tmp_path: Path, card: Any, **keys: Any) -> tuple[MemoryRecord, Estimate]:
     gpu = find_gpu("H100")
     target = Estimate.of(make_config(accumulator="cpu"), Hardware("cuda", gpu.name, gpu, gpu.usable_bytes))
-    record = MemoryRecord(target, Arena(target.plan, "meta"), MetricsLog(tmp_path), card)
+    record = MemoryRecord(target, Arena(target.plan, "meta"), MetricsLog(tmp_path), card, **keys)
     return record, target
 
 
@@ -145,7 +146,6 @@ def test_on_a_card_the_allocator_and_what_is_beside_it_are_told_apart(
         "memory/reserved": 64 * MIB,
         "memory/process": 900 * MIB,
     }
-    assert card.ages == [1.0], "a row asks the driver once a second at most"
     for step in range(1, 11):
         record.after_step(step)
     record.at_end(10)
@@ -186,10 +186,21 @@ def test_what_the_driver_does_not_say_is_null_with_its_reason(
     assert parts["allocator"]["measured"] == 66 * MIB
 
 
-def test_a_row_costs_next_to_nothing(tmp_path: Path):
-    config = make_config()
-    target = Estimate.of(config, Hardware("cpu", "CPU"))
-    record = MemoryRecord(target, Arena(target.plan), MetricsLog(tmp_path), None)
+def test_rows_ask_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _Allocator(monkeypatch, reserved=64 * MIB, most=66 * MIB)
+    card, now = _Card(Reading(900 * MIB, "NVML"), Reading(700 * MIB, "NVML")), [100.0]
+    record, _ = on_a_card(tmp_path, card, clock=lambda: now[0])
+    seen = []
+    for moment in (100.0, 100.4, 100.99, 101.0, 101.2):
+        now[0] = moment
+        seen.append(record.row()["memory/process"])
+    assert (seen, card.asked) == ([900 * MIB] * 3 + [700 * MIB] * 2, 2)
+
+
+def test_a_reading_costs_next_to_nothing(tmp_path: Path):
+    target = Estimate.of(make_config(), Hardware("cpu", "CPU"))
+    clock = itertools.count()
+    record = MemoryRecord(target, Arena(target.plan), MetricsLog(tmp_path), None, lambda: next(clock))
     began = time.perf_counter()
     for _ in range(100):
         record.row()
@@ -285,19 +296,3 @@ def test_a_card_that_says_nothing_leaves_nothing_known(monkeypatch: pytest.Monke
     assert reading.how.startswith("NVML cannot be used")
     install(monkeypatch, MINE, visible="")
     assert CardProcess().read() == Reading(None, "NVML knows no device that CUDA would take")
-
-
-def test_the_driver_is_not_asked_again_within_the_age_that_will_do(monkeypatch: pytest.MonkeyPatch):
-    nvml = install(monkeypatch, MINE)
-    asked, now = [], [100.0]
-    healthy = nvml.nvmlDeviceGetComputeRunningProcesses
-    monkeypatch.setattr(
-        nvml, "nvmlDeviceGetComputeRunningProcesses", lambda card: asked.append(now[0]) or healthy(card)
-    )
-    card = CardProcess(clock=lambda: now[0])
-    for moment in (100.0, 100.4, 100.9, 101.1, 101.2):
-        now[0] = moment
-        card.read(max_age=1.0)
-    assert asked == [100.0, 101.1]
-    card.read()
-    assert asked == [100.0, 101.1, 101.2]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +52,8 @@ class CardProcess:
     leaves only the difference between the card's used bytes then and now. NVML is opened once.
     """
 
-    def __init__(self, pid: int | None = None, clock: Callable[[], float] = time.monotonic):
-        self._pid = os.getpid() if pid is None else pid
-        self._clock = clock
-        self._last: tuple[float, Reading] | None = None
+    def __init__(self, pid: int | None = None):
+        self.pid = os.getpid() if pid is None else pid
         self._failure = "NVML knows no device that CUDA would take"
         self._nvml: Any = None
         self._handles: list[Any] = []
@@ -72,21 +69,8 @@ class CardProcess:
             self._handles = [device.handle for device in device_zero(pynvml)]
         self._before = [self._used(handle) for handle in self._handles]
 
-    def read(self, max_age: float = 0.0) -> Reading:
-        """Its bytes now, or as they were at most `max_age` seconds ago: asking takes the driver a moment."""
-        now = self._clock()
-        if self._last is None or now - self._last[0] > max_age:
-            self._last = now, self._ask()
-        return self._last[1]
-
-    def close(self) -> None:
-        """Lets go of NVML. May be called twice."""
-        if self._nvml is not None:
-            with self._noting_failure():
-                self._nvml.nvmlShutdown()
-        self._nvml, self._handles = None, []
-
-    def _ask(self) -> Reading:
+    def read(self) -> Reading:
+        """Its bytes now; asking takes the driver a moment."""
         for handle in self._handles:
             listed = self._listed(handle)
             if listed is not None:
@@ -103,11 +87,18 @@ class CardProcess:
         how = "NVML, of the card less what was in use before; it does not list this process"
         return Reading(max(0, now - before), how)
 
+    def close(self) -> None:
+        """Lets go of NVML. May be called twice."""
+        if self._nvml is not None:
+            with self._noting_failure():
+                self._nvml.nvmlShutdown()
+        self._nvml, self._handles = None, []
+
     def _listed(self, handle: Any) -> int | None:
         """The process's bytes in NVML's list; None where it is not there, or without a number."""
         with self._noting_failure():
             for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if process.pid == self._pid:
+                if process.pid == self.pid:
                     return None if process.usedGpuMemory is None else int(process.usedGpuMemory)
         return None
 

@@ -5,11 +5,14 @@ of these steps included, and when the process ends. It names every component tha
 and `measured` bytes and `how` the second was read. What cannot be read is null, with the reason.
 `albor vram-estimate --audit` shows it.
 
-Nothing here waits for the device, and the driver is asked once a second at most.
+Nothing here waits for the device, and for a row it and the system are asked once a second at most.
 """
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import get_args
 
@@ -23,7 +26,7 @@ from albor.memory.process import CardProcess, Reading, peak_resident, resident
 from albor.train.metrics import MetricsLog
 
 STEPS_UNTIL_STEADY = 10
-_SECONDS_BETWEEN_READINGS = 1.0  # of the driver
+_SECONDS_BETWEEN_READINGS = 1.0  # for rows
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,35 @@ class _Component:
 class MemoryRecord:
     """Holds the plan of a process's training against what it has. `card` is None on a CPU."""
 
-    def __init__(self, target: Estimate, arena: Arena, log: MetricsLog, card: CardProcess | None):
-        self._target, self._arena, self._log, self._card = target, arena, log, card
+    def __init__(
+        self,
+        target: Estimate,
+        arena: Arena,
+        log: MetricsLog,
+        card: CardProcess | None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._target, self._arena, self._log, self._card, self._clock = target, arena, log, card, clock
+        self._row: dict[str, float | None] = {}
+        self._row_from = -math.inf
         self._steps = 0
         self._largest: int | None = None  # of the readings so far
         self._peak_before = peak_resident().bytes
 
     def row(self) -> dict[str, float | None]:
-        """The metrics of a row."""
-        reserved, process = self._reserved(), self._process(_SECONDS_BETWEEN_READINGS).bytes
-        return {
-            "memory/planned": float(self._target.required_bytes),
-            "memory/arena": float(self._slab("device")),
-            "memory/reserved": None if reserved is None else float(reserved),
-            "memory/process": None if process is None else float(process),
-        }
+        """The metrics of a row, as they are or were less than a second ago."""
+        now = self._clock()
+        if now - self._row_from >= _SECONDS_BETWEEN_READINGS:
+            reserved = None if self._card is None else torch.cuda.memory_reserved()
+            process = self._process().bytes
+            self._row_from = now
+            self._row = {
+                "memory/planned": float(self._target.required_bytes),
+                "memory/arena": float(self._slab("device")),
+                "memory/reserved": None if reserved is None else float(reserved),
+                "memory/process": None if process is None else float(process),
+            }
+        return self._row
 
     def after_step(self, step: int) -> None:
         """Counts the process's steps, of which the last was the run's `step`."""
@@ -71,7 +88,7 @@ class MemoryRecord:
         components = {name: asdict(component) for name, component in self._components().items()}
         target = self._target
         self._log.event(
-            EVENT, step, moment=moment, device=target.device, calibrated=_is_calibrated(target),
+            EVENT, step, moment=moment, device=target.device, calibrated=target.calibrated,
             components=components,
         )  # fmt: skip
 
@@ -118,11 +135,8 @@ class MemoryRecord:
     def _slab(self, place: str) -> int:
         return self._arena.slabs[place].untyped_storage().nbytes()
 
-    def _reserved(self) -> int | None:
-        return None if self._card is None else torch.cuda.memory_reserved()
-
-    def _process(self, max_age: float = 0.0) -> Reading:
-        reading = resident() if self._card is None else self._card.read(max_age)
+    def _process(self) -> Reading:
+        reading = resident() if self._card is None else self._card.read()
         if reading.bytes is not None:
             self._largest = max(self._largest or 0, reading.bytes)
         return reading
@@ -133,7 +147,3 @@ class MemoryRecord:
         if peak.bytes is not None and peak.bytes == self._peak_before:
             return peak.bytes, f"{peak.how}; reached before the first step, when data were prepared or read"
         return peak.bytes, peak.how
-
-
-def _is_calibrated(target: Estimate) -> bool:
-    return any(item.basis == "measured" for item in target.outside_items)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import zlib
@@ -234,6 +235,7 @@ def test_the_suffix_chooses_the_format_and_the_same_estimate_gives_the_same_byte
     assert first.startswith(start)
     assert command("--plot", str(target)).exit_code == 0  # albor's own is replaced
     assert target.read_bytes() == first
+    assert not {b"CreationDate", b"dc:date"} & set(re.findall(rb"CreationDate|dc:date", first))
 
 
 def test_a_file_that_albor_did_not_draw_is_left_alone(tmp_path: Path):

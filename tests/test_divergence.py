@@ -418,6 +418,45 @@ def row_10_bad_weights_are_never_saved(config: Path, act: Callable[[Trainer], No
             assert all(torch.isfinite(tensor).all() for tensor in tensors_of(directory, name).values()), step
 
 
+EARLY = samples_of(2, 3, 4, 5, 6)  # before the first checkpoint
+LATE_SAVES = "checkpoint.every_steps=20"
+
+
+def row_10_goes_back_to_the_beginning(config: Path) -> None:
+    """Before there is a checkpoint: to the weights that the seed gives, on with the data behind the bad ones.
+    The same bits also after kills and stops on either side of it, whose checkpoints are no way back.
+    """
+
+    def leap(self: Loop) -> None:
+        if self.session.state.step == 0:
+            self.session.loader.restore({"samples": 18, "per_source": [18]})
+        stepped(self)
+
+    stepped = Loop._step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_step", leap)
+        assert train(config, LATE_SAVES, "name=told").code == 0
+    with bad_samples(EARLY, poison_loss):
+        assert train(config, LATE_SAVES).code == 0
+        (rollback,) = events(RUN, "rollback")
+        assert (rollback["from_step"], rollback["step"], rollback["checkpoint"]) == (6, 0, None)
+        assert rollback["samples"] == [0, 18]
+        assert (learned(), bits(RUN)["rows"]) == (
+            learned(Path("runs/told")), bits(Path("runs/told"))["rows"],
+        )  # fmt: skip
+        assert state_of()["guard"]["rollbacks"] == 1
+
+        name = "name=disturbed"
+        stopped(config, 3, LATE_SAVES, name)
+        killed(config, "rollback.loaded", 6, LATE_SAVES, name)
+        killed(config, "step.begin", 4, LATE_SAVES, name, time=2)
+        assert checkpoints(Path("runs/disturbed")) == [], "what a stop left is beyond the beginning"
+        stopped(config, 1, LATE_SAVES, name, time=2)
+        stopped(config, 9, LATE_SAVES, name)
+        assert train(config, LATE_SAVES, name).code == 0
+    assert bits(Path("runs/disturbed")) == bits(RUN)
+
+
 def tensors_of(directory: Path, name: str) -> dict[str, torch.Tensor]:
     dtypes = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}
     manifest = Manifest.from_bytes((directory / "manifest.json").read_bytes())
@@ -482,6 +521,10 @@ def test_row_10_survives_stops(config: Path, rolled_back: dict[str, Any]):
     row_10_survives_stops(config, rolled_back)
 
 
+def test_row_10_goes_back_to_the_beginning(config: Path):
+    row_10_goes_back_to_the_beginning(config)
+
+
 @pytest.mark.parametrize("act", [poison_weight, poison_moment])
 def test_row_10_bad_weights_are_never_saved(config: Path, act: Callable[[Trainer], None]):
     row_10_bad_weights_are_never_saved(config, act)
@@ -544,17 +587,45 @@ def test_after_so_many_rollbacks_a_run_gives_up(config: Path):
     assert result.code == 0
 
 
-@pytest.mark.parametrize("arguments", [("divergence.max_rollbacks=0",), ("checkpoint.every_steps=20",)])
-def test_where_there_is_no_way_back_a_run_gives_up_at_once(config: Path, arguments: tuple[str, ...]):
+def test_where_there_is_no_way_back_a_run_gives_up_at_once(config: Path):
     with bad_samples(WINDOW, poison_loss):
-        result = train(config, *arguments)
+        result = train(config, "divergence.max_rollbacks=0")
     assert result.code == 3
-    rollbacks = (
-        "gone back 0 times" if "0" in arguments[0][-1] and "max" in arguments[0] else "no checkpoint yet"
-    )
-    assert rollbacks in result.err
+    assert "gone back 0 times" in result.err
     assert "step 14: 5 of the last 20 steps" in result.err
     assert events(RUN, "rollback") == []
+
+
+def test_a_run_does_not_go_back_for_ever_before_its_first_checkpoint(config: Path):
+    with bad_samples(range(1000), poison_loss):
+        result = train(config)
+        assert result.code == 3
+        assert "gone back 2 times" in result.err
+        assert [event["samples"] for event in events(RUN, "rollback")] == [[0, 15], [0, 30]]
+        assert checkpoints(RUN) == []
+        assert train(config).err == result.err
+
+
+def test_what_rollbacks_leave_out_counts_as_read(config: Path):
+    """`data.max_epochs` allows the run, and not the run and a window that is left out on top."""
+    assert train(config, "name=measured").code == 0
+    epochs = rows(Path("runs/measured"))[-2]["train/epoch"]
+    limit = f"data.max_epochs={epochs * 1.1}"
+    with bad_samples(WINDOW, poison_loss):
+        for _ in range(2):
+            result = train(config, limit)
+            assert result.code == 3
+            assert "with another rollback 24 steps and 18 samples of rollbacks read" in result.err
+            assert "; raise data.max_epochs to " in result.err
+            assert checkpoints(RUN)[-1] == 8
+        raised = result.err.split("raise data.max_epochs to ")[1].split(";")[0]
+        with at("step.updated", 12, signal.SIGTERM, time=2):
+            assert train(config, f"data.max_epochs={raised}").code == 75
+        assert len(events(RUN, "rollback")) == 1
+        result = train(config, limit)
+        assert result.code == 2
+        assert "and 18 samples of rollbacks read" in result.err
+        assert train(config, f"data.max_epochs={raised}").code == 0
 
 
 def test_an_older_checkpoint_is_gone_back_to_where_the_newest_is_not_good(config: Path):
@@ -665,10 +736,21 @@ def test_weights_that_are_not_finite_are_not_saved_by_a_signal(config: Path):
         assert result.code == 75
         assert "not finite and not saved, the checkpoint is that of step 8" in result.err
         assert checkpoints(RUN) == [4, 8]
-    with bad_samples(samples_of(2), poison_moment), at("step.updated", 2, signal.SIGTERM):
-        result = train(config, "name=early")
-    assert result.code == 3
-    assert "there is no earlier checkpoint" in result.err
+    done: list[int] = []
+
+    def once(trainer: Trainer) -> None:
+        if not done:
+            poison_moment(trainer)
+        done.append(1)
+
+    with bad_samples(samples_of(2), once):
+        with at("step.updated", 2, signal.SIGTERM):
+            result = train(config, "name=early")
+        assert result.code == 75
+        assert "not saved, there is no checkpoint yet, and the same command starts anew" in result.err
+        assert train(config, "name=early").code == 0
+    assert train(config, "name=undisturbed").code == 0
+    assert bits(Path("runs/early")) == bits(Path("runs/undisturbed"))
 
 
 def test_the_search_for_a_loss_scale_is_no_skip():
@@ -763,6 +845,17 @@ def everything_is_finite(patch: Patch) -> None:
     patch.setattr(session, "is_finite", lambda arena: True)
 
 
+def weights_do_not_begin_anew(patch: Patch) -> None:
+    begin, begun = session.initialise, []
+
+    def once(*arguments: Any) -> None:
+        if not begun:
+            begin(*arguments)
+        begun.append(1)
+
+    patch.setattr(session, "initialise", once)
+
+
 GUARDS: dict[str, tuple[Row, Callable[[Patch], None]]] = {
     "a step that is not finite changes nothing": (lambda c, _: row_10_goes_back(c), every_step_updates),
     "zero is no good step": (lambda c, _: row_10_goes_back(c, nothing_computed), zero_is_a_good_step),
@@ -777,6 +870,10 @@ GUARDS: dict[str, tuple[Row, Callable[[Patch], None]]] = {
     "what was left behind is removed": (row_10_survives_stops, what_was_left_is_not_removed),
     "rows that were left behind are taken back": (lambda c, _: row_10_goes_back(c), rows_stay),
     "the best loss is found again": (row_10_survives_stops, nothing_is_made_up_for),
+    "the beginning is the seed's": (
+        lambda c, _: row_10_goes_back_to_the_beginning(c),
+        weights_do_not_begin_anew,
+    ),
     "moments are scanned before they are saved": (
         lambda c, _: row_10_bad_weights_are_never_saved(c, poison_moment),
         everything_is_finite,

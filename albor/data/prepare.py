@@ -168,8 +168,10 @@ def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> list[Problem]:
     ]
 
 
-def check_horizon(config: RunConfig, prepared: PreparedData) -> list[Problem]:
-    """A problem for each source that the run would repeat more often than data.max_epochs allows."""
+def check_horizon(config: RunConfig, prepared: PreparedData, left_out: int = 0) -> list[Problem]:
+    """A problem for each source that the run would repeat more often than data.max_epochs allows, with the
+    samples that rollbacks have `left_out` on top of those of its steps.
+    """
     data, train = config.data, config.train
     key, unit = ("max_steps", 1) if train.max_steps is not None else ("max_tokens", config.tokens_per_step)
     all_weights = sum(source.weight for source in data.sources)
@@ -178,18 +180,22 @@ def check_horizon(config: RunConfig, prepared: PreparedData) -> list[Problem]:
     available = [
         (len(stream) - 1) // data.sequence_length * data.sequence_length for stream in prepared.train
     ]
-    wanted = [config.steps * config.tokens_per_step * share for share in shares]
+    read = config.steps * config.tokens_per_step + left_out * data.sequence_length
+    wanted = [read * share for share in shares]
     epochs = [tokens / limit for tokens, limit in zip(wanted, available, strict=True)]
     most_steps = math.floor(
         min(limit * data.max_epochs / share for limit, share in zip(available, shares, strict=True))
         / config.tokens_per_step
     )
     lower = f"lower train.{key} to {most_steps * unit}, " if most_steps else ""
-    remedy = f"{lower}raise data.max_epochs to {math.ceil(max(epochs) * 100) / 100}, or add data"
+    raised = f"raise data.max_epochs to {math.ceil(max(epochs) * 100) / 100}"
+    # A run that has begun keeps its data, and may not be shortened under every schedule.
+    remedy = raised if left_out else f"{lower}{raised}, or add data"
+    reader = f"{config.steps:,} steps" + (f" and {left_out:,} samples of rollbacks" if left_out else "")
     return [
         Problem(
             f"train.{key}",
-            f"{config.steps:,} steps read {math.ceil(wanted[i]):,} tokens of {describe(source)}, "
+            f"{reader} read {math.ceil(wanted[i]):,} tokens of {describe(source)}, "
             f"{epochs[i]:.2f} times its {available[i]:,}; data.max_epochs allows {data.max_epochs:g}",
             remedy,
         )

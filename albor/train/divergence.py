@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from albor import faults
+from albor.data.prepare import check_horizon
 from albor.errors import CheckpointError, DataError, Diverged
 from albor.spikes import SPIKES
 from albor.train.guard import GuardState, Verdict, must_roll_back
@@ -75,30 +76,33 @@ class Divergence:
             found = session.roll_back(self.say)
         except CheckpointError as error:
             self._give_up(f"{reason}; no checkpoint is good to go back to: {error}", step)
-        if found is None:
-            self._give_up(f"{reason}; there is no checkpoint yet to go back to")
         checkpoint, then = found
+        if problems := check_horizon(session.config, session.data, session.left_out):
+            repeated = "; ".join(problem.message for problem in problems)
+            self._give_up(f"{reason}; with another rollback {repeated}", step, problems[0].remedy)
         faults.reach("rollback.loaded", step)
         self.log.truncate_after(session.state.step)
         jumped = self._between(then, position)
-        details = {"from_step": step, "checkpoint": str(checkpoint), "reason": reason, **jumped}
+        source = None if checkpoint is None else str(checkpoint)
+        details = {"from_step": step, "checkpoint": source, "reason": reason, **jumped}
         self.log.event("rollback", session.state.step, rollbacks=session.state.guard.rollbacks, **details)
         first, end = jumped["samples"]
         number = f"rollback {session.state.guard.rollbacks} of {policy.max_rollbacks}"
         self.say(
-            f"step {step}: {reason}; back to step {session.state.step} ({checkpoint}), {number}; samples "
-            f"{first} to {end - 1} are left out"
+            f"step {step}: {reason}; back to step {session.state.step} ({source or 'the beginning'}), "
+            f"{number}; samples {first} to {end - 1} are left out"
         )
         self._keep(f"rolled back to step {session.state.step}")
 
-    def _give_up(self, reason: str, step: int | None = None) -> NoReturn:
+    def _give_up(self, reason: str, step: int | None = None, remedy: str = "") -> NoReturn:
         session = self.session
         step = session.state.step if step is None else step
         self.log.event("diverged", step, reason=reason)
         self._keep("gave up")
-        remedy = "start again under another name with a lower optimizer.lr or a longer schedule.warmup_steps"
-        if session.state.guard.anchor is not None:
-            remedy += ", or go on with a larger divergence.max_rollbacks"
+        remedy = remedy or (
+            "start again under another name with a lower optimizer.lr or a longer schedule.warmup_steps, or "
+            "go on with a larger divergence.max_rollbacks"
+        )
         if (session.directory / SPIKES).is_dir():
             remedy += f"; albor inspect-spike {session.directory} shows the batches"
         raise Diverged(f"step {step}: {reason}; {remedy}")

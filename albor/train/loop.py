@@ -15,7 +15,7 @@ from typing import NoReturn
 from albor import faults
 from albor.alerts import Alarm, Watch
 from albor.data.loader import validation_batches
-from albor.errors import Alert, Diverged, Interrupted
+from albor.errors import Alert, Interrupted
 from albor.evaluate.validation import Validation, validate
 from albor.generate.generate import generate
 from albor.generate.sampler import NotFinite
@@ -170,8 +170,8 @@ class Loop:
     def _stop_by(self, alarm: Alarm) -> NoReturn:
         saved = self._save_to_stop()
         raise Alert(
-            f"{alarm} after step {self.session.state.step}; {saved}, and the same command goes on from it "
-            "once that rule is changed or removed (alerts)"
+            f"{alarm} after step {self.session.state.step}; {saved} once that rule is changed or removed "
+            "(alerts)"
         )
 
     def _metrics(self, result: StepResult) -> dict[str, float | None]:
@@ -257,24 +257,24 @@ class Loop:
         self.log.event("stopped", session.state.step, reason=self.stop.reason)
         return Interrupted(
             f"stopped by {self.stop.reason} after step {session.state.step} of {session.config.steps}; "
-            f"{saved}, and the same command goes on from it"
+            f"{saved}"
         )
 
     def _save_to_stop(self) -> str:
-        """Saves what is not saved yet, and says what there is. Weights that are not finite are not saved: the
-        run goes on from before. Raises Diverged where there is nothing before.
+        """Saves what is not saved yet, and says what the same command does. Weights that are not finite are
+        not saved: the run goes on from before, meets the same again, and goes back.
         """
         session = self.session
         self.saver.finish()
         if self.saver.saved_step == session.state.step or self._save(planned=False):
-            return "the checkpoint is saved"
+            return "the checkpoint is saved, and the same command goes on from it"
         self.log.event("not_saved", session.state.step, reason=NOT_FINITE)
         if self.saver.saved_step is None:
-            raise Diverged(
-                f"after step {session.state.step} {NOT_FINITE}, and there is no earlier checkpoint; start "
-                "again under another name with a lower optimizer.lr"
-            )
-        return f"{NOT_FINITE} and not saved, the checkpoint is that of step {self.saver.saved_step}"
+            return f"{NOT_FINITE} and not saved, there is no checkpoint yet, and the same command starts anew"
+        return (
+            f"{NOT_FINITE} and not saved, the checkpoint is that of step {self.saver.saved_step}, and the "
+            "same command goes on from it"
+        )
 
 
 def evaluate_session(session: Session, batches: int, stop: StopRequest) -> Validation:

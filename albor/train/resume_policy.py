@@ -87,7 +87,7 @@ POLICIES: dict[str, Policy] = {
     "data.sources[].revision": _CONTENT,
     "data.validation_fraction": _DATA,
     "data.document_mask": _FUNCTION,
-    "data.max_epochs": _allowed("a limit that is checked when the run starts"),
+    "data.max_epochs": _allowed("a limit that is checked when the run starts and when it goes back"),
     "data.cache_dir": _CONTENT,
     "optimizer.name": _RECIPE,
     "optimizer.lr": _SCHEDULE,

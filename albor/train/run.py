@@ -112,6 +112,8 @@ def run_training(
         if problems := [*check_horizon(config, data), *_check_prompts(config, data)]:
             raise ConfigError(problems)
         session = open_session(config, data, plan, device, sources, say)
+        if session.left_out and (problems := check_horizon(config, data, session.left_out)):
+            raise ConfigError(problems)
         source = session.resumed_from
         changes = changes_since(config, source) if source else []
         preflight(session, say)

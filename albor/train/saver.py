@@ -123,7 +123,8 @@ class Saver:
 
     def went_back(self) -> None:
         """The run is at the step of an earlier checkpoint again; what was found of later ones is void."""
-        self.saved_step, self._evaluated = self.session.state.step, None
+        # The beginning is the seed's, and what was read behind it is in no checkpoint yet.
+        self.saved_step, self._evaluated = self.session.state.step or None, None
 
     def close(self) -> None:
         """However the run ends, a save that has begun comes to its end."""

@@ -63,6 +63,14 @@ class Session:
         """Tokens that the run has read."""
         return self.state.step * self.config.tokens_per_step
 
+    @property
+    def left_out(self) -> int:
+        """Samples that were read and left behind by rollbacks."""
+        train = self.config.train
+        per_step = train.micro_batch_size * train.gradient_accumulation_steps
+        samples: int = self.loader.state()["samples"]
+        return samples - self.state.step * per_step
+
     def batches(self, between: Callable[[], None]) -> Iterator[Batch]:
         """The next step's micro-batches, in arrays that the following one overwrites.
 
@@ -81,18 +89,26 @@ class Session:
         """Whether weights and moments hold neither NaN nor infinity."""
         return is_finite(self.trainer.arena)
 
-    def roll_back(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    def roll_back(self, warn: Callable[[str], None]) -> tuple[Path | None, dict[str, Any]]:
         """Goes back to the newest good checkpoint that this run's cadence saved, but not in the data: what
-        was read since is left behind. Checkpoints beyond it are removed.
+        was read since is left behind. Checkpoints beyond it are removed. Before there is one, that is the
+        beginning, which the seed gives again.
 
-        Returns the checkpoint and the loader's position there; None where the run has none yet. Raises
+        Returns the checkpoint, or None for the beginning, and the loader's position there. Raises
         CheckpointError where none is good; the state in memory is then of no use.
         """
-        left = self.state.guard
-        existing = checkpoint.list_checkpoints(self.directory / checkpoint.CHECKPOINTS)
-        sources = [p for p in existing if left.anchor is not None and checkpoint.step_of(p) <= left.anchor]
+        left, home = self.state.guard, self.directory / checkpoint.CHECKPOINTS
+        if left.anchor is None:
+            arena = self.trainer.arena
+            initialise(arena, self.trainer.architecture, self.config.seed)
+            begun = GuardState.initial(arena.plan.compute_dtype)
+            self.state = TrainState(guard=rolled_back(left, begun))
+            self.best_validation_loss = None
+            checkpoint.remove_after(home, 0)
+            return None, {"samples": 0, "per_source": [0] * len(self.data.train)}
+        sources = [p for p in checkpoint.list_checkpoints(home) if checkpoint.step_of(p) <= left.anchor]
         if not sources:
-            return None
+            raise CheckpointError(f"{home} holds none of step {left.anchor} or before")
         if checkpoint.step_of(sources[-1]) != left.anchor:
             warn(f"the checkpoint of step {left.anchor} is gone")
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from albor.checkpoint import Retention, load, save
+from albor.checkpoint import Retention, load, save, verify
+from albor.data.cache import file_sha256
+from albor.manifest import MANIFEST
+from albor.tensorfile import FileRecord
 
 FILES = {"config.yaml": b"name: test\n", "tokenizer.model": bytes(range(256))}
 
@@ -73,3 +77,12 @@ def fork(work: Callable[[], None]) -> int:
 
 def exit_code_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def forge(path: Path, name: str, content: bytes) -> None:
+    """Puts `content` into the checkpoint, and a manifest beside it that says that it belongs there."""
+    manifest = verify(path)
+    (path / name).write_bytes(content)
+    record = FileRecord(len(content), file_sha256(path / name))
+    forged = replace(manifest, files={**manifest.files, name: record})
+    (path / MANIFEST).write_bytes(forged.to_bytes())

@@ -25,6 +25,7 @@ from albor.train import loop, run, session, signals, step
 from albor.train.guard import GuardState
 from albor.train.loop import Loop
 from albor.train.metrics import MetricsLog
+from albor.train.saved import Saved
 from albor.train.step import TrainState
 
 
@@ -144,6 +145,13 @@ def _() -> None:
         ]
 
     checkpoint.read_tensors_into = unread
+
+
+@without("a state is held against its manifest", "26 a position that contradicts the step")
+def _() -> None:
+    session.read_saved = lambda saved, source, policy: Saved(
+        saved["loader"], TrainState.from_json(saved), saved["best_validation_loss"]
+    )
 
 
 @without("what the disk does not give is damage", "6 an unreadable file")

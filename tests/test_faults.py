@@ -25,6 +25,7 @@ import pytest
 import run_cases
 import test_trainer
 import torch
+from checkpoint_cases import forge
 from fault_cases import (
     EVERY,
     NAME,
@@ -52,6 +53,7 @@ from albor import faults
 from albor.architecture import IGNORED_TARGET
 from albor.checkpoint import checkpoint_name
 from albor.model.batch import BatchInput
+from albor.strictjson import from_json, to_json
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 KILLED = -signal.SIGKILL
@@ -291,6 +293,24 @@ def unreadable(bench: Bench, mutation: str, name: str) -> None:
     assert outcome(directory) == bench.expected["plain"]
 
 
+# Row 26: a checkpoint from a stranger, which the hashes vouch for
+
+
+def forged(bench: Bench, mutation: str) -> None:
+    """A state that contradicts its checkpoint's step is no state: the checkpoint before is taken."""
+    directory = bench.fresh()
+    reach(bench.train(directory, fault="step.begin:15:kill").code == KILLED, "not killed")
+    path = run_of(directory) / "checkpoints" / checkpoint_name(12)
+    state = from_json((path / "state.json").read_bytes())
+    drawn = state["loader"]["samples"] + 7
+    state["loader"] = {"samples": drawn, "per_source": [drawn]}
+    forge(path, "state.json", to_json(state))
+    result = bench.train(directory, mutation=mutation)
+    assert result.code == 0, result.err
+    assert "it is not the state of a run" in result.out
+    assert outcome(directory) == bench.expected["plain"]
+
+
 # Row 25: logs
 
 
@@ -391,6 +411,8 @@ CASES: dict[str, Case] = {
     # 25
     "25 no metrics": make_case(without_a_log, "metrics.jsonl"),
     "25 no events": make_case(without_a_log, "events.jsonl"),
+    # 26
+    "26 a position that contradicts the step": make_case(forged),
 }
 
 

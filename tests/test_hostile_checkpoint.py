@@ -19,19 +19,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import load_step, save_step
+from checkpoint_cases import forge, load_step, save_step
 from run_cases import Result, call, write_project
 from test_structure import ROOT, misuses
 from test_tensorfile import HOSTILE
 
 from albor import strictjson
 from albor.checkpoint import BEST, candidates, checkpoint_name, load, read_best, verify
+from albor.configfile import load_config
 from albor.data.cache import file_sha256
 from albor.errors import CheckpointError, DamagedCheckpoint
 from albor.generate import load as generate_load
 from albor.manifest import MANIFEST, STATE
 from albor.strictjson import DEEPEST, LARGEST, from_json
-from albor.tensorfile import FileRecord
+from albor.train.saved import read_saved
 
 STEP = 8
 NEWEST = Path("runs/tiny/checkpoints", checkpoint_name(STEP))
@@ -55,15 +56,6 @@ def config(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(NEWEST.with_name(checkpoint_name(STEP - 4)))
     return trained
-
-
-def forge(path: Path, name: str, content: bytes) -> None:
-    """Puts `content` into the checkpoint, and a manifest beside it that says that it belongs there."""
-    manifest = verify(path)
-    (path / name).write_bytes(content)
-    record = FileRecord(len(content), file_sha256(path / name))
-    forged = replace(manifest, files={**manifest.files, name: record})
-    (path / MANIFEST).write_bytes(forged.to_bytes())
 
 
 def refused(result: Result, *named: str, code: int = 1) -> None:
@@ -424,3 +416,78 @@ def test_a_state_that_was_written_by_hand(config: Path, key: str):
         assert not Path("runs/other").exists()
         forge(NEWEST, STATE, json.dumps(honest, indent=1, sort_keys=True).encode() + b"\n")
     assert call("train", config).code == 0, "the honest one is refused too"
+
+
+CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a step of 10**18": lambda s: s.update(step=10**18),
+    "a step less": lambda s: s.update(step=STEP - 1),
+    "tokens": lambda s: s.update(tokens=1),
+    "no tokens": lambda s: s.pop("tokens"),
+    "samples too few": lambda s: s.update(loader=position(STEP * 3 - 1)),
+    "samples too many": lambda s: s.update(loader=position(STEP * 3 + 1)),
+    "samples of 10**30 and a rollback": lambda s: (s.update(loader=position(10**30)), guard(s, rollbacks=1)),
+    "samples too few and a rollback": lambda s: (
+        s.update(loader=position(STEP * 3 - 1)),
+        guard(s, rollbacks=1),
+    ),
+    "samples that are no sum": lambda s: s.update(loader={"samples": STEP * 3, "per_source": [1]}),
+    "samples of two sources": lambda s: s.update(loader={"samples": STEP * 3, "per_source": [STEP * 3, 0]}),
+    "samples less than none": lambda s: s.update(loader=position(-1)),
+    "an anchor ahead": lambda s: guard(s, anchor=999),
+    "good steps": lambda s: guard(s, good_steps=10**30),
+    "skips": lambda s: guard(s, skips=list(range(100_000))),
+    "skips of long ago": lambda s: guard(s, skips=[STEP - 20]),
+    "skips to come": lambda s: guard(s, skips=[STEP + 1]),
+    "skips twice": lambda s: guard(s, skips=[STEP, STEP]),
+    "skipped": lambda s: guard(s, skipped=STEP + 1),
+    "spikes": lambda s: guard(s, spikes=10**30),
+    "rollbacks": lambda s: (s.update(loader=position(STEP * 3)), guard(s, rollbacks=10**9)),
+    "losses": lambda s: guard(s, losses=[1.0] * 10_000, norms=[1.0] * 10_000),
+    "losses without norms": lambda s: guard(s, losses=[1.0], norms=[]),
+    "best": lambda s: s.update(best_validation_loss="low"),
+}
+
+
+def position(samples: int) -> dict[str, Any]:
+    return {"samples": samples, "per_source": [samples]}
+
+
+def guard(state: dict[str, Any], **changes: Any) -> None:
+    state["guard"] = {**state["guard"], **changes}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_state_that_contradicts_its_own_manifest(config: Path, name: str):
+    """Every hash of it fits. It is damage, and so an older checkpoint would be taken."""
+    state, policy = json.loads((NEWEST / STATE).read_bytes()), load_config(config).divergence
+    assert read_saved(state, NEWEST, policy).state.step == STEP
+    CONTRADICTIONS[name](state)
+    with pytest.raises(DamagedCheckpoint, match=r"state\.json: it is not the state of a run"):
+        read_saved(state, NEWEST, policy)
+
+
+def test_a_state_after_a_rollback_has_read_more(config: Path):
+    state, policy = json.loads((NEWEST / STATE).read_bytes()), load_config(config).divergence
+    state["loader"] = position(STEP * 3 + 30)
+    guard(state, rollbacks=1, skipped=5, anchor=STEP)
+    assert read_saved(state, NEWEST, policy).state.guard.rollbacks == 1
+
+
+def test_windows_that_a_new_configuration_makes_shorter_are_cut(config: Path):
+    """The run is saved with the new configuration, perhaps before the next step, and must be one of it."""
+    state, policy = json.loads((NEWEST / STATE).read_bytes()), load_config(config).divergence
+    guard(state, skips=[2, 3, STEP - 2], skipped=3)
+    shorter = policy.model_copy(update={"window_steps": 4, "spike_window": 3})
+    kept = read_saved(state, NEWEST, policy).state.guard
+    assert (kept.skips, len(kept.losses)) == ((2, 3, STEP - 2), STEP)
+    cut = read_saved(state, NEWEST, shorter).state.guard
+    assert (cut.skips, cut.losses, cut.norms) == ((STEP - 2,), kept.losses[-3:], kept.norms[-3:])
+
+
+@pytest.mark.parametrize("content", [b"junk", b""])
+def test_a_tokenizer_that_is_not_the_datas(config: Path, content: bytes):
+    """Nothing reads it when a run goes on, and each checkpoint to come would have the run's own beside it."""
+    forge(NEWEST, "tokenizer.model", content)
+    refused(
+        call("train", config), f"{checkpoint_name(STEP)}/tokenizer.model", "not the tokenizer of the data"
+    )

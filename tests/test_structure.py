@@ -43,7 +43,7 @@ ROWS = (
         "train.snapshot",
     ),
     ("evaluate", "generate", "export"),
-    ("train.rehearsal", "train.run_directory", "train.session", "train.saver", "train.spikes",
+    ("train.rehearsal", "train.run_directory", "train.saved", "train.session", "train.saver", "train.spikes",
         "train.divergence", "train.memory_record", "train.loop", "train.run",
         "train.verify_resume", "canary"),
     ("doctor", "calibrate"),

@@ -26,11 +26,10 @@ from albor.runlog import EVENTS, read_rows
 from albor.train.guard import GuardState, rolled_back
 from albor.train.resume_policy import Change, changes_on_resume
 from albor.train.run_directory import run_directory
+from albor.train.saved import CONFIG, TOKENIZER, check_tokenizer, read_saved
 from albor.train.step import Batch, Trainer, TrainState
 
 T = TypeVar("T")
-
-TOKENIZER = "tokenizer.model"  # the file in a checkpoint
 
 
 @dataclass
@@ -113,7 +112,7 @@ class Session:
             warn(f"the checkpoint of step {left.anchor} is gone")
 
         def fill(source: Path) -> tuple[Path, dict[str, Any], TrainState, float | None]:
-            return source, *_read(fill_from(self.trainer, source), source)
+            return source, *read_saved(fill_from(self.trainer, source), source, self.config.divergence)
 
         source, position, state, best = _first_intact(sources[::-1], fill, warn)
         self.state = replace(state, guard=rolled_back(left, state.guard))
@@ -136,7 +135,7 @@ class Session:
     def saved_files(self) -> dict[str, bytes]:
         """The files that make a checkpoint self-describing."""
         return {
-            "config.yaml": dump_config(self.config).encode(),
+            CONFIG: dump_config(self.config).encode(),
             TOKENIZER: self.data.tokenizer.model,
         }
 
@@ -169,8 +168,8 @@ def changes_since(config: RunConfig, source: Path) -> list[Change]:
 
     Raises ConfigError for what may not change.
     """
-    step = _read(checkpoint.read_state(source), source)[1].step
-    return changes_on_resume(config, load_config(source / "config.yaml"), step, source)
+    step = read_saved(checkpoint.read_state(source), source, config.divergence).state.step
+    return changes_on_resume(config, load_config(source / CONFIG), step, source)
 
 
 def find_checkpoints(config: RunConfig, resume: str, warn: Callable[[str], None]) -> list[Path]:
@@ -278,8 +277,12 @@ def open_session(
         saved = fill_from(trainer, source)
         if saved.get("data_sha256") != data.sha256:
             raise DataError(_explain_other_data(config, source, data))
-        position, state, best = _read(saved, source)
-        loader = Loader(*loader_arguments, state=position)
+        check_tokenizer(source, data.tokenizer.model)
+        position, state, best = read_saved(saved, source, config.divergence)
+        try:
+            loader = Loader(*loader_arguments, state=position)
+        except DataError as error:  # the data are the run's, so it is the position that is wrong
+            raise DamagedCheckpoint(f"{source / STATE}: {error}") from error
         return Session(config, data, loader, trainer, state, source, best)
 
     with _remedy(run_directory(config) / checkpoint.CHECKPOINTS, sources):
@@ -313,22 +316,6 @@ def fill_from(trainer: Trainer, source: Path) -> dict[str, Any]:
     if not is_finite(trainer.arena):
         raise DamagedCheckpoint(f"{source}: weights or moments of the optimizer are not finite")
     return saved
-
-
-def _read(saved: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], TrainState, float | None]:
-    """The loader's position, the state and the best validation loss that the checkpoint `source` holds.
-
-    Raises DamagedCheckpoint for anything that `Session.saved_state` does not give.
-    """
-    try:
-        position, best = saved["loader"], saved["best_validation_loss"]
-        if not isinstance(position, dict) or not {"per_source", "samples"} <= position.keys():
-            raise ValueError("the loader's position is none")
-        if not (best is None or type(best) is float):
-            raise ValueError("best_validation_loss is no number")
-        return position, TrainState.from_json(saved), best
-    except (KeyError, ValueError) as error:
-        raise DamagedCheckpoint(f"{source / STATE}: it is not the state of a run: {error}") from error
 
 
 def is_finite(arena: Arena) -> bool:

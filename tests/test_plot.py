@@ -246,17 +246,28 @@ def test_a_file_that_albor_did_not_draw_is_left_alone(tmp_path: Path):
     assert "exists, and albor did not draw it; give another name" in str(result.exception)
     assert target.read_bytes() == b"\x89PNG of the sea"
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ConfigError, match="did not draw it"):
-        plot.check_target(tmp_path / "folder.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "elsewhere")
+    for name in ("folder.png", "link.png"):
+        with pytest.raises(ConfigError, match="did not draw it"):
+            plot.check_target(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a.jpeg", "end it in .png, .svg or .pdf"), ("a", "end it in"), ("no/a.png", "there is no directory")],
+    [
+        ("a.jpeg", "end it in .png, .svg or .pdf"),
+        ("a", "end it in"),
+        ("no/a.png", "there is no directory"),
+    ],
 )
 def test_what_is_no_target_is_a_usage_error(tmp_path: Path, name: str, message: str):
     with pytest.raises(ConfigError, match=message):
         plot.check_target(tmp_path / name)
+
+
+def test_a_dollar_sign_is_no_formula(tmp_path: Path):
+    plot.plot_sweep(grid("data.cache_dir=$a$,$b_{$"), tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").stat().st_size > 10_000
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -272,6 +283,9 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mon
         plot.plot_phases(large("train.micro_batch_size=8"), target)
     assert target.read_bytes() == first
     assert list(tmp_path.iterdir()) == [target]
+    monkeypatch.undo()
+    with pytest.raises(AlborError, match="cannot be written: File name too long"):
+        plot.plot_phases(large(), tmp_path / f"{'a' * 300}.png")
 
 
 def test_without_matplotlib_one_message_says_what_to_install(tmp_path: Path):

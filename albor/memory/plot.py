@@ -56,12 +56,14 @@ def check_target(path: Path) -> None:
     for a file that is there, unless albor drew it; AlborError where matplotlib is not installed.
     """
     if path.suffix.lower().removeprefix(".") not in FORMATS:
-        message = f"{path} is no picture's name"
-        raise _refused(message, "end it in .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise _refused(f"there is no directory {path.parent}", f"run: mkdir -p {path.parent}")
-    if path.exists() and not _is_ours(path):
-        raise _refused(f"{path} exists, and albor did not draw it", "give another name")
+        raise _refused(f"{path} is no picture's name", "end it in .png, .svg or .pdf")
+    try:
+        if not path.parent.is_dir():
+            raise _refused(f"there is no directory {path.parent}", f"run: mkdir -p {path.parent}")
+        if os.path.lexists(path) and not _is_ours(path):
+            raise _refused(f"{path} exists, and albor did not draw it", "give another name")
+    except OSError as error:
+        raise _refused(f"{path}: {error.strerror or error}", "give another name") from error
     if importlib.util.find_spec("matplotlib") is None:
         raise AlborError("--plot needs matplotlib, which is not installed; run: pip install 'albor[plot]'")
 
@@ -267,7 +269,8 @@ def _save(draw: Callable[[], Figure], path: Path) -> None:
         "pdf": {"Creator": _MARK, "CreationDate": None},
     }[kind]
     content = io.BytesIO()
-    with matplotlib.style.context(["default", {"svg.hashsalt": _MARK}]):  # whatever the user's own style is
+    # Whatever the user's own style is; and a dollar sign in a name is no formula.
+    with matplotlib.style.context(["default", {"svg.hashsalt": _MARK, "text.parse_math": False}]):
         draw().savefig(content, format=kind, metadata=metadata)
     try:
         replace_file(path, content.getvalue())

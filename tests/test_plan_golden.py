@@ -174,6 +174,21 @@ def test_whole_arenas_are_what_one_computes_by_hand() -> None:
     }
 
 
+@pytest.mark.parametrize("name", golden_plans.SHIPPED)
+def test_what_backward_reads_is_kept_until_then(name: str) -> None:
+    """From the forward of its block, and the first input from the embedding on, to its backward."""
+    plan = CASES[f"{name} cuda bfloat16"].plan()
+    layers = [b for b in plan.buffers if b.name.startswith("blocks.")]
+    assert {int(b.name.split(".")[1]) for b in layers} == set(range(len(layers) // 10))
+    for buffer in layers:
+        _, layer, what = buffer.name.split(".")
+        begins = "embed" if (layer, what) == ("00", "input") else f"forward.{layer}"
+        assert (plan.phases[buffer.first], plan.phases[buffer.last]) == (begins, f"backward.{layer}")
+    whole_run = {"weights", "moments.first", "moments.second", "rotary.cos", "rotary.sin"}
+    last = len(plan.phases) - 1
+    assert whole_run <= {b.name for b in plan.buffers if (b.first, b.last) == (0, last)}
+
+
 def test_the_350m_example() -> None:
     """Numbers that stand in docs/memory.md, written out."""
     plan = RECORDED["pretrain-350m cuda bfloat16"]

@@ -15,9 +15,10 @@ from helpers import make_config
 
 from albor.config import EvaluateConfig, RunConfig
 from albor.configfile import load_config
+from albor.memory import packing
 from albor.memory.cards import Gpu, Hardware, find_gpu
 from albor.memory.estimate import Estimate
-from albor.memory.packing import Lifetime, live_sizes, pack
+from albor.memory.packing import Lifetime
 from albor.memory.plan import GROUPS, PLACES, MemoryPlan, plan_training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -182,28 +183,45 @@ def orders(sizes: Mapping[Lifetime, int]) -> list[list[Lifetime]]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_packing_is_first_fit_in_the_best_of_four_orders(seed: int) -> None:
-    """Shelves are a way to find the room faster, and another room they may not find."""
-    rng = random.Random(seed)
-    phases, count = rng.choice((5, 40, 400)), rng.choice((3, 40, 300))
-    sizes: dict[Lifetime, int] = {}
+def varied_sizes(rng: random.Random) -> dict[Lifetime, int]:
+    phases, count = rng.choice((10, 16, 40)), rng.choice((10, 20, 60))
+    sizes = {}
     for _ in range(count):
         first, last = sorted(rng.choices(range(phases), k=2))
         sizes[first, last] = rng.choice((1, 7, 256, 1000, rng.randrange(1, 5000)))
-    if seed % 2:  # a deep model's: nested lives of one size, and a staircase
-        sizes |= {(layer, 2 * phases - layer): 777 for layer in range(phases)}
-        sizes |= {(phases + layer, 2 * phases + 3): 512 for layer in range(phases)}
-    packed = pack(sizes)
+    return sizes
+
+
+def deep_sizes(layers: int) -> dict[Lifetime, int]:
+    """A deep model's: nested lives of one size, and a staircase."""
+    nested = {(layer, 2 * layers - layer): 777 for layer in range(layers)}
+    return nested | {(layers + layer, 2 * layers + 3): 512 for layer in range(layers)}
+
+
+@pytest.mark.parametrize("shelf", [2, 3, 8, 32])
+def test_shelves_hold_the_room_that_is_found_without_them(
+    shelf: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a way to find it faster, and no other."""
+    monkeypatch.setattr("albor.memory.packing._SHELF", shelf)
+    drawn_sizes = [varied_sizes(random.Random(seed)) for seed in range(250)]
+    for sizes in [*drawn_sizes, deep_sizes(1), deep_sizes(50)]:
+        for order in orders(sizes):
+            assert packing.first_fit(order, sizes, limit=10**9) == first_fit(order, sizes)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_is_first_fit_in_the_best_of_four_orders(seed: int) -> None:
+    sizes = varied_sizes(random.Random(seed)) | (deep_sizes(9) if seed % 2 else {})
     candidates = [first_fit(order, sizes) for order in orders(sizes)]
     ends = [max(starts[life] + sizes[life] for life in sizes) for starts in candidates]
-    assert packed == candidates[ends.index(min(ends))]
-    assert max(live_sizes(sizes)) <= min(ends)
+    assert packing.pack(sizes) == candidates[ends.index(min(ends))]
+    assert max(packing.live_sizes(sizes)) <= min(ends)
 
 
 def test_nothing_is_packed_nowhere() -> None:
-    assert pack({}) == {}
-    assert pack({(3, 3): 5}) == {(3, 3): 0}
+    assert packing.pack({}) == {}
+    assert packing.pack({(3, 3): 5}) == {(3, 3): 0}
 
 
 # Time

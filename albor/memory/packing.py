@@ -68,14 +68,15 @@ class _Shelf:
         self.has_gap = _has_gap(slabs)
 
     def add(self, slab: _Placed) -> None:
+        """One that does not start before the others."""
         start, end, first, last = slab
         if start >= self.slabs[-1][0]:
             self.slabs.append(slab)
             self.has_gap |= start > self.end
         else:
             insort(self.slabs, slab)
-            self.has_gap = _has_gap(self.slabs) if self.has_gap else end < self.start
-        self.start, self.end = min(start, self.start), max(end, self.end)
+            self.has_gap = self.has_gap and _has_gap(self.slabs)  # it may be filled now
+        self.end = max(end, self.end)
         self.first, self.last = min(first, self.first), max(last, self.last)
         self.all_from, self.all_to = max(first, self.all_from), min(last, self.all_to)
 

@@ -213,9 +213,11 @@ def measured() -> Iterator[Row]:
     records = sorted(RECORDS.glob("memory-*.json"))
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
-        held = {run["config"]: run["process_bytes"] for run in record["runs"] if not run["overrides"]}
-        needs = tuple(held.get(config) for config in CONFIGS)
-        yield Row(f"measured on {record['gpu']}", needs, _PROCESS, str(path.relative_to(ROOT)))
+        held = {shape["name"]: shape["measured"] for shape in record["shapes"] if shape["status"] == "ok"}
+        needs = tuple(held.get(Path(config).stem) for config in CONFIGS)
+        yield Row(
+            f"measured on {record['machine']['device']}", needs, _PROCESS, f"benchmarks/results/{path.name}"
+        )
     if not records:
         yield Row("measured on a GPU", (None,) * len(CONFIGS), _PROCESS, "")
 

@@ -116,26 +116,20 @@ def test_writing_changes_the_page_between_the_markers_alone(monkeypatch: pytest.
     assert page.read_text() == f"before\n{E['START']}\n\n{E['table']()}\n{E['END']}\nafter\n"
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, records: Path) -> list[Any]:
-    monkeypatch.setitem(E["measured"].__globals__, "RECORDS", records)
-    monkeypatch.setitem(E["measured"].__globals__, "ROOT", records)
-    return list(E["measured"]())
-
-
 def test_a_record_of_a_gpu_gives_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    (empty,) = measured(monkeypatch, tmp_path)
+    """In the form in which benchmarks/memory.py writes it; a shape is called like the configuration."""
+    monkeypatch.setitem(E["measured"].__globals__, "RECORDS", tmp_path)
+    (empty,) = E["measured"]()
     assert empty.needs == (None, None, None)
-    runs = [
-        {"config": "configs/pretrain-350m.yaml", "overrides": [], "process_bytes": 9 * GIB},
-        {
-            "config": "configs/pretrain-50m.yaml",
-            "overrides": ["train.micro_batch_size=1"],
-            "process_bytes": 1,
-        },
+    shapes = [
+        {"name": "pretrain-350m", "status": "ok", "measured": 9 * GIB},
+        {"name": "pretrain-125m", "status": "out of memory", "measured": 8 * GIB},
+        {"name": "50m-mb2-cpu", "status": "ok", "measured": 1},
     ]
-    (tmp_path / "memory-h100.json").write_text(json.dumps({"gpu": "a card", "runs": runs}))
-    (row,) = measured(monkeypatch, tmp_path)
+    record = {"machine": {"device": "a card"}, "shapes": shapes}
+    (tmp_path / "memory-card.json").write_text(json.dumps(record))
+    (row,) = E["measured"]()
     assert (row.name, row.needs) == ("measured on a card", (None, None, 9 * GIB))
-    (tmp_path / "memory-h100.json").write_text(json.dumps({"gpu": "a card", "runs": [{"config": "x"}]}))
-    with pytest.raises(KeyError):  # a record of another form is no record without measurements
-        measured(monkeypatch, tmp_path)
+    (tmp_path / "memory-card.json").write_text(json.dumps({"shapes": [{"name": "x"}]}))
+    with pytest.raises(KeyError):  # another form is not the same as nothing measured
+        list(E["measured"]())

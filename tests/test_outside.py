@@ -179,7 +179,7 @@ def test_segments(options: dict[str, Any], requests: list[int], reserved: int) -
 
 
 @given(st.lists(st.integers(1, 40 * MIB), max_size=12), st.booleans(), st.sampled_from([0, 2, 8]))
-@example([3 * MIB // 2, 12 * MIB, 8 * MIB], expandable=False, divisions=0)  # the second beside the first
+@example([3 * MIB // 2, 12 * MIB, 8 * MIB], False, 0)  # the second beside the first
 def test_no_order_of_requests_takes_more(requests: list[int], expandable: bool, divisions: int) -> None:
     """Against the allocator's own way: the smallest free block that will do, else another segment."""
     allocator = CachingAllocator(expandable, divisions=(divisions,) * 16)

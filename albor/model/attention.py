@@ -31,10 +31,10 @@ class Attention:
         )
         self.ops.linear_forward(a.attention_normed, w.qkv, a.qkv)
         self.ops.rotary(a.qkv, self.cos, self.sin, self.rotated_heads, self.length)
+        documents = self._documents_of(a.qkv)
         self.ops.attention_forward(
-            a.qkv, a.attention_out, a.attention_lse, self.length, self.kv_heads, self.head_dim,
-            self._documents_of(a.qkv),
-        )  # fmt: skip
+            a.qkv, a.attention_out, a.attention_lse, self.length, self.kv_heads, self.head_dim, documents
+        )
         self.ops.linear_forward(a.attention_out, w.attention_out, a.delta)
 
     def backward(

@@ -172,6 +172,24 @@ def vram_estimate(
     vram: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Hold it against this much memory: 24GiB")
     ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit",
+            help="Search the fastest configuration that fits, with as many tokens per step and the same "
+            "mathematics, and print the lines to change.",
+        ),
+    ] = False,
+    fit_state: Annotated[
+        bool,
+        typer.Option("--fit-state", help="The same, and try optimizer.state_dtype=bf16: other arithmetic."),
+    ] = False,
+    fit_sequence: Annotated[
+        bool,
+        typer.Option(
+            "--fit-sequence", help="The same, and where nothing fits, with shorter sequences: other training."
+        ),
+    ] = False,
     sweep: Annotated[
         bool,
         typer.Option(
@@ -201,18 +219,24 @@ def vram_estimate(
     albor vram-estimate configs/pretrain-350m.yaml --vram 8GiB model.vocab_size=4K
     albor vram-estimate configs/pretrain-350m.yaml --json
     albor vram-estimate --audit runs/pretrain-350m
-    albor vram-estimate configs/pretrain-350m.yaml --gpu L4 --sweep --plot grid.png
-    albor vram-estimate configs/pretrain-350m.yaml --gpu L4 --sweep train.recompute=none,block
+    albor vram-estimate configs/pretrain-350m.yaml --gpu "RTX 3060" --fit
+    albor vram-estimate configs/pretrain-50m.yaml --gpu L4 --sweep --plot grid.png
+    albor vram-estimate configs/pretrain-50m.yaml --sweep model.vocab_size=8K,32K
 
-    Exit code 4: it does not fit, and the nearest changes that would are shown; with --sweep,
-    no cell fits. A picture replaces none that albor did not draw.
+    Exit code 4: it does not fit, and the nearest changes that would are shown; with --fit,
+    nothing that was searched fits; with --sweep, no cell. A picture replaces none that albor did not draw.
     With --audit, exit code 1: the run took more than it should have.
     """
     from albor.configfile import load_config
+    from albor.memory.fit import Options
     from albor.memory.report import run_estimate
 
+    search = Options(fit_state, fit_sequence) if fit or fit_state or fit_sequence else None
     if audit is not None:
-        others = {"CONFIG": config, "--gpu": gpu, "--vram": vram, "--sweep": sweep or None, "--plot": plot}
+        others = {
+            "CONFIG": config, "--gpu": gpu, "--vram": vram,
+            "--fit": search, "--sweep": sweep or None, "--plot": plot,
+        }  # fmt: skip
         for name in (name for name, value in others.items() if value is not None):
             problem = "is given with --audit, which reads all that it needs from the run"
             raise ConfigError([Problem(name, problem, "leave one of them out", "command line")])
@@ -227,11 +251,16 @@ def vram_estimate(
         raise ConfigError(
             [Problem("--gpu", "a card and a size are given", "give --gpu or --vram", "command line")]
         )
+    if search is not None and sweep:
+        raise ConfigError(
+            [Problem("--fit", "a search and a grid are asked for", "give --fit or --sweep", "command line")]
+        )
     capacity = None if vram is None else _read_capacity(vram)
     if sweep:
         raise typer.Exit(run_sweep(config, overrides or [], gpu, capacity, as_json, plot, _console()))
     run = load_config(config, overrides or [])
-    raise typer.Exit(run_estimate(run, gpu, capacity, as_json, _console(), plot))
+    asked = [str(config), *(overrides or [])]
+    raise typer.Exit(run_estimate(run, gpu, capacity, as_json, _console(), plot, search, asked))
 
 
 @app.command()

@@ -23,7 +23,7 @@ from albor.units import GIB, MIB
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KEYS = {
-    *("calibrated", "outside_sources"),
+    *("calibrated", "outside_sources", "cost"),
     *("parameters", "flops_per_token", "tokens_per_step", "device_bytes", "pinned_bytes", "host_bytes"),
     *("capacity_bytes", "fits", "capacity_source", "groups", "outside", "holders", "buffers"),
     *("peak_phase", "phases", "device", "compute_dtype", "attention", "suggestions"),

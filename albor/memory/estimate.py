@@ -14,6 +14,7 @@ from albor.config import RunConfig
 from albor.errors import ConfigError, DoesNotFit, Problem
 from albor.memory.attention import choose_attention
 from albor.memory.cards import Device, Hardware, find_gpu
+from albor.memory.cost import Cost
 from albor.memory.devices import compute_dtype, falls_back, resolve_accumulator, this_machine
 from albor.memory.outside import CUDA_PROCESS_BYTES, Item, calibration_for, calibration_note, outside_items
 from albor.memory.plan import MemoryPlan, plan_training
@@ -69,6 +70,11 @@ class Estimate:
         """Of the card, per second in bf16; None where it is not known or not what the run computes in."""
         half = self.plan.compute_dtype in ("bfloat16", "float16")
         return self.hardware.gpu.bf16_peak_flops if self.hardware.gpu and half else None
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What the whole run takes."""
+        return Cost.of(self.config, self.plan, self.hardware.gpu)
 
     @property
     def device_bytes(self) -> int:
@@ -198,6 +204,7 @@ class Estimate:
             "outside_sources": {
                 item.name: {"basis": item.basis, "source": item.source} for item in self.outside_items
             },
+            "cost": self.cost.as_json(),
             "suggestions": [
                 {"overrides": s.overrides, "required_bytes": s.required_bytes} for s in self.suggestions
             ],

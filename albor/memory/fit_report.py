@@ -25,10 +25,10 @@ def render_fit(fit: Fit, command: Sequence[str], console: Console) -> None:
 def fit_lines(fit: Fit, command: Sequence[str]) -> list[str]:
     """The lines of it, of which only overrides and paths may be wider than 80 columns."""
     tokens = fit.given.estimate.config.tokens_per_step
-    ranked = "by modelled speed" if fit.basis == "modelled" else "by a fixed order: no speed is known"
-    lines = ["", f"Fit      {fit.tried:,} configurations of {tokens:,} tokens per step, {ranked}"]
+    ranked = "by modelled speed" if fit.basis == "modelled" else "in a fixed order"
+    lines = ["", f"Fit      {fit.tried:,} configurations of {tokens:,} tokens a step, {ranked}"]
     if fit.basis == "order":
-        lines += [f"         {line}" for line in textwrap.wrap(fit.source, 70)]
+        lines += [f"         {line}" for line in textwrap.wrap(f"No speed is known: {fit.source}.", 70)]
     lines += ["", *_table(fit), ""]
     if fit.best is None:
         return lines + _nothing_fits(fit)

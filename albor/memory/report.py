@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,20 +12,26 @@ from rich.text import Text
 
 from albor.config import RunConfig
 from albor.errors import DoesNotFit
+from albor.memory.cost import LITTLE, TOKENS_PER_PARAMETER
 from albor.memory.estimate import Estimate
 from albor.memory.estimate import estimate as estimate_run
+from albor.memory.fit import Options, find_fit
+from albor.memory.fit_report import render_fit
 from albor.memory.nvml import MEASURED
 from albor.memory.outside import MARGIN
 from albor.memory.plan import peak_buffers
 from albor.memory.plot import check_target, plot_phases
+from albor.memory.speed import MODELLED_DTYPES
 from albor.units import format_bytes
 
 _BAR_WIDTH = 28
 _VERDICT_STYLES = {True: "bold green", False: "bold red", None: "bold yellow"}
 
 
-def render(estimate: Estimate, console: Console) -> None:
-    """Prints the plan by group, the peak, what lies outside the arena, and the verdict, in 80 columns."""
+def render(estimate: Estimate, console: Console, *, advise: bool = True) -> None:
+    """Prints the plan by group, what lies outside the arena, the peak, what the run costs, and the verdict,
+    in 80 columns; with `advise`, after a refusal what would fit.
+    """
     config, plan = estimate.config, estimate.plan
     _print(console, f"{config.name} on {estimate.hardware.description}", "bold")
     _print(console, f"{estimate.architecture.parameter_count:,} parameters, {plan.compute_dtype}")
@@ -60,23 +67,57 @@ def render(estimate: Estimate, console: Console) -> None:
     if plan.device == "cuda":
         pinned, pageable = format_bytes(plan.size("pinned")), format_bytes(plan.size("host"))
         _print(console, f"Host     {pinned} page-locked, {pageable} not")
+    _print(console, f"Outside  {estimate.calibration_note}")
     if estimate.held:
         _print(console, f"Held     {estimate.held}")
     if estimate.hardware.gpu and estimate.hardware.gpu.source != MEASURED:
         _print(console, f"Capacity {estimate.hardware.gpu.source}")
-    _print(console, f"Outside  {estimate.calibration_note}")
-    flops = estimate.architecture.flops_per_token(config.data.sequence_length)
-    tokens = config.steps * config.tokens_per_step
-    _print(console, f"Compute  {flops / 1e9:.2f} GFLOP per token, {flops * tokens:.2e} FLOP in all")
-    _print(
-        console,
-        f"Tokens   {config.tokens_per_step:,} per step, {config.steps:,} steps, {tokens:,} in all",
-    )
+    console.print()
+    for cost_line in _cost_lines(estimate):
+        _print(console, cost_line)
+    if estimate.cost.chinchilla_ratio < LITTLE:
+        _print(console, "Little data: a smaller model learns more from the same compute.", "yellow")
     console.print()
     _print(console, estimate.verdict[0].upper() + estimate.verdict[1:], _VERDICT_STYLES[estimate.fits])
-    if estimate.fits is False:
+    if estimate.fits is False and advise:
         for line in estimate.advice:
             _print(console, line)
+
+
+def _cost_lines(estimate: Estimate) -> list[str]:
+    """What the whole run takes: arithmetic, tokens, hours, energy, disk."""
+    config, cost = estimate.config, estimate.cost
+    flops = estimate.architecture.flops_per_token(config.data.sequence_length)
+    lines = [
+        f"Compute  {flops / 1e9:.2f} GFLOP per token, {cost.flops:.2e} FLOP in all",
+        f"Tokens   {config.tokens_per_step:,} per step, {config.steps:,} steps, {cost.tokens:,} in all",
+        f"         {cost.chinchilla_ratio:.3f} of Chinchilla's {TOKENS_PER_PARAMETER} for each parameter",
+    ]
+    for duration in cost.durations:
+        rate = f"{duration.tokens_per_second:,.0f} tokens/s"
+        lines.append(f"Time     {_hours(duration.hours)} at {rate}, {duration.note}")
+    if not cost.durations:
+        known = "known once the run has measured its first steps"
+        lines += [f"Time     not modelled {_no_speed(estimate)};", f"         {known}"]
+    gpu, kwh = estimate.hardware.gpu, cost.durations[-1].kwh if cost.durations else None
+    if gpu is not None and kwh is not None:
+        lines.append(f"Energy   {kwh:,.1f} kWh, with the card at its {gpu.board_watts} W all the time")
+    kept = f"{format_bytes(cost.disk_bytes)} with {cost.checkpoints} kept and one being written"
+    lines.append(f"Disk     {format_bytes(cost.checkpoint_bytes)} per checkpoint, {kept}")
+    return lines
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+
+
+def _no_speed(estimate: Estimate) -> str:
+    if estimate.device == "cpu":
+        return "on a CPU"
+    if estimate.plan.compute_dtype not in MODELLED_DTYPES:
+        return f"in {estimate.plan.compute_dtype}"
+    gpu = estimate.hardware.gpu
+    return "for a card that is not known" if gpu is None else f"for {gpu.name}"
 
 
 def _add_heading(table: Table, title: str, size: int, whole: int) -> None:
@@ -96,18 +137,29 @@ def run_estimate(
     as_json: bool,
     console: Console,
     plot: Path | None = None,
+    fit: Options | None = None,
+    command: Sequence[str] = (),
 ) -> int:
-    """The command: prints the estimate and returns the exit code, 4 where the run does not fit."""
+    """The command: prints the estimate and returns the exit code, 4 where the run does not fit. With `fit`,
+    what would be the fastest is searched and printed too, and 4 means that nothing fits.
+
+    `command` is the path of the configuration and its overrides, for a command that can be copied.
+    """
     if plot is not None:
         check_target(plot)
     result = estimate_run(config, gpu, vram)
+    found = None if fit is None else find_fit(result, fit)
     if plot is not None:
         plot_phases(result, plot)
     if as_json:
         answer = result.as_json() | ({"plot": str(plot)} if plot else {})
+        answer |= {"fit": found.as_json()} if found else {}
         print(json.dumps(answer, indent=2), file=console.file)
     else:
-        render(result, console)
+        render(result, console, advise=found is None)
+        if found is not None:
+            render_fit(found, command, console)
         if plot is not None:
             _print(console, f"Picture: {plot}")
-    return DoesNotFit.exit_code if result.fits is False else 0
+    fits = result.fits is not False if found is None else found.best is not None
+    return 0 if fits else DoesNotFit.exit_code

@@ -479,6 +479,25 @@ def test_this_machine_is_calibrated_and_a_run_stays_within_its_estimate(tmp_path
     assert most > planned + 100 * MIB
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_this_card_is_the_same_when_it_is_measured_again(tmp_path: Path) -> None:
+    found = []
+    for name in ("first", "second"):
+        environment = ENVIRONMENT | {"ALBOR_CALIBRATION": str(tmp_path / f"{name}.json")}
+        environment.pop("TRITON_INTERPRET", None)
+        process = start(tmp_path, "calibrate", "--device", "cuda", "--json", env=environment)
+        _, said = process.communicate(timeout=300)  # without a kernel cache it compiles
+        assert process.returncode == 0, said
+        (row,) = read_calibrations(tmp_path / f"{name}.json").rows
+        found.append(row)
+    first, second = found
+    for item, size in first.bytes.items():
+        assert abs(size - second.bytes[item]) <= 64 * MIB, item
+    # What PyTorch takes is computed: no less than it takes, and no more than a segment beyond.
+    assert 0 <= first.details["allocator, computed"] - first.details["allocator"] <= 24 * MIB
+
+
 def _peak_of(directory: Path, project: Path, environment: dict[str, str]) -> int:
     """The most memory that a run of `project` has at a time."""
     process = start(directory, "train", project, "name=other", env=environment)

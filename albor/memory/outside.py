@@ -105,9 +105,7 @@ def calibration_note(plan: MemoryPlan, gpu: Gpu | None) -> str:
         return f"calibrated ({row})"
     if problem := _stored().problem:
         return f"not calibrated: {problem}"
-    return "not calibrated: run `albor calibrate` on it" if plan.device == "cuda" else (
-        "not calibrated: run `albor calibrate`"
-    )  # fmt: skip
+    return "not calibrated: run `albor calibrate`" + (" on it" if plan.device == "cuda" else "")
 
 
 def _beside_process(plan: MemoryPlan, row: Calibration | None) -> Iterator[Item]:

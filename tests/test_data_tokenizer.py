@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albor.data.sources import Document
-from albor.data.tokenizer import END_OF_DOCUMENT, Tokenizer, inspect, sample_text
+from albor.data.tokenizer import CHAT_MARKERS, END_OF_DOCUMENT, Tokenizer, inspect, sample_text
 from albor.errors import DataError
 
 CODE = [
@@ -27,7 +27,7 @@ NASTY = [
     "emoji 😀👨‍👩‍👧 e\u0301 ﬁ Ⅳ ½ \U0010ffff",
     "\u2581",
     "a\u2581b \u2581 c \u2581\u2581\u2581 d\n\u2581\n",
-    f"{END_OF_DOCUMENT}<unk><s></s><pad><0x41> \u2047 \u2585",
+    f"{END_OF_DOCUMENT}{CHAT_MARKERS[0]}user\nhi{CHAT_MARKERS[1]}\n<unk><s></s><pad><0x41> \u2047 \u2585",
     "x" * 70_000,
     " " * 40_000 + "\n" * 40_000,
     ("word " * 20 + "\n") * 2_000,
@@ -44,7 +44,7 @@ def check_lossless(tokenizer, text):
     assert ids.dtype == np.int32
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
-    assert tokenizer.end_of_document_id not in ids
+    assert not set(tokenizer.special_ids.values()) & set(ids.tolist())
 
 
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
@@ -90,6 +90,17 @@ def test_end_of_document(tokenizer):
     assert ids.dtype == np.int32
     assert ids[-1] == tokenizer.end_of_document_id
     assert tokenizer.decode(ids) == "text"
+
+
+def test_the_markers_are_control_tokens_at_fixed_ids(tokenizer):
+    """Those who write a chat use the ids; a text that spells a marker never becomes one."""
+    assert tokenizer.special_ids == {END_OF_DOCUMENT: 0, "<|im_start|>": 2, "<|im_end|>": 3}
+    assert tokenizer.can_chat
+    assert tokenizer.decode_bytes([0, 2, 3]) == b""
+    often = [f"{marker}{text}\n" * 9 for text in CODE for marker in (*CHAT_MARKERS, END_OF_DOCUMENT)]
+    trained = Tokenizer.train(often, 440)  # however often the text spells them, they are no pieces
+    assert trained.special_ids == tokenizer.special_ids
+    check_lossless(trained, often[0])
 
 
 def test_runs_of_spaces_are_pieces_and_line_ends_and_digits_stand_alone(tokenizer):
@@ -182,6 +193,21 @@ def test_an_imported_tokenizer_that_changes_text_is_refused(tmp_path, option):
     (tmp_path / "lossy.model").write_bytes(model.getvalue())
     with pytest.raises(DataError, match=r"lossy.model changes the text.*set tokenizer.path to null"):
         Tokenizer.load(tmp_path / "lossy.model")
+
+
+def test_an_imported_tokenizer_without_markers_works(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CODE), model_writer=model, vocab_size=400, model_type="bpe", minloglevel=2,
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (tmp_path / "plain.model").write_bytes(model.getvalue())
+    loaded = Tokenizer.load(tmp_path / "plain.model")
+    assert loaded.special_ids == {"<s>": 1, "</s>": 2}
+    assert loaded.end_of_document_id == 2
+    assert not loaded.can_chat
+    check_lossless(loaded, NASTY[9])
 
 
 def test_an_imported_tokenizer_without_an_end_of_document_is_refused(tmp_path):

@@ -30,8 +30,10 @@ from albor.data.sources import Document
 from albor.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # around a turn of a chat, as in ChatML
+CHAT_MARKERS = (TURN_START, TURN_END)
 _LARGEST_MODEL = 256 * 2**20  # bytes of a .model file; one of 256,000 tokens has 5 million
-RECIPE = 1  # raised whenever training would give another model from the same text
+RECIPE = 2  # raised whenever training would give another model from the same text
 _SPACE_MARK = "\u2581"
 _MARK_RUNS = re.compile(f"({_SPACE_MARK}+)")
 
@@ -67,6 +69,7 @@ _TRAINER_OPTIONS: dict[str, Any] = {
     "unk_id": 1,  # SentencePiece insists on one; with byte fallback it never occurs
     "bos_id": -1,
     "pad_id": -1,
+    "control_symbols": list(CHAT_MARKERS),  # ids 2 and 3: a text never yields them, however it is spelled
     "num_threads": 4,  # fixed, because the number is written into the model file
     "minloglevel": 2,
 }
@@ -76,7 +79,7 @@ _TRAINER_OPTIONS: dict[str, Any] = {
 _PROBE = (
     "  lead\tof  two \r\n\r\n\0\x1f\x85\u00a0\u3000\u2028\ufeff\ufffd\ufffe e\u0301 \ufb01 \u2167 "
     f"\U0001f600\u200d {_SPACE_MARK} a{_SPACE_MARK}b \u2047 \u2585 "
-    f"<unk> <s></s> <0x41> {END_OF_DOCUMENT} tail \n"
+    f"<unk> <s></s> <0x41> {END_OF_DOCUMENT} {TURN_START} {TURN_END} tail \n"
 )
 
 
@@ -84,6 +87,8 @@ class Tokenizer:
     """Text to token ids and back. `model` is the SentencePiece model file's content.
 
     `token_bytes[i]` is the number of UTF-8 bytes that id `i` stands for: (V,) int32, 0 for control tokens.
+    `special_ids` has the control tokens by name, which no text is encoded to; one that is trained here has
+    `<|endoftext|>`, `<|im_start|>` and `<|im_end|>` among them, one that is given may not.
     """
 
     def __init__(self, model: bytes):
@@ -97,6 +102,9 @@ class Tokenizer:
         self.token_bytes = np.array([len(string) for string in self._token_strings], dtype=np.int32)
         mark = _SPACE_MARK.encode()
         self._mark_ids: list[int] = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in mark]
+        self.special_ids: dict[str, int] = {
+            self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)
+        }
         self.end_of_document_id = self._find_end_of_document()
 
     @classmethod
@@ -117,7 +125,7 @@ class Tokenizer:
         except DataError as error:
             raise DataError(f"tokenizer {path}: {error}") from error
         ids = tokenizer.encode(_PROBE)
-        if tokenizer.decode_bytes(ids) != _PROBE.encode() or tokenizer.end_of_document_id in ids:
+        if tokenizer.decode_bytes(ids) != _PROBE.encode() or set(ids.tolist()) & set(tokenizer.special_ids.values()):
             raise DataError(
                 f"tokenizer {path} changes the text that it encodes (it normalises, adds a leading space, or "
                 "has no byte fallback), so that bits per byte and generated text would be wrong; set "
@@ -167,6 +175,11 @@ class Tokenizer:
             batch.append(np.array(ids, dtype=np.int32))
         return batch
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether both markers of a chat's turns are control tokens of it."""
+        return all(marker in self.special_ids for marker in CHAT_MARKERS)
+
     def end_document(self, ids: np.ndarray) -> np.ndarray:
         """`ids` with the end-of-document token behind them."""
         return np.append(ids, np.int32(self.end_of_document_id))
@@ -194,9 +207,11 @@ class Tokenizer:
         return piece.replace(_SPACE_MARK, " ").encode()
 
     def _find_end_of_document(self) -> int:
-        for token in (self._processor.piece_to_id(END_OF_DOCUMENT), self._processor.eos_id()):
-            if token >= 0 and self._processor.is_control(token):
-                return token
+        named, eos = self.special_ids.get(END_OF_DOCUMENT), self._processor.eos_id()
+        if named is not None:
+            return named
+        if eos >= 0 and self._processor.is_control(eos):
+            return int(eos)
         raise DataError(f"it has no control token {END_OF_DOCUMENT} or </s> to end documents with")
 
 

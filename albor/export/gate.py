@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -31,8 +32,8 @@ class Runtime(Protocol):
         """What follows each of `tokens`, read from position 0: (T, V) float32."""
 
     def greedy(self, tokens: Sequence[int], count: int, favoured: int | None = None) -> list[int]:
-        """The likeliest continuation, at most `count` tokens, by the program's own loop; it ends before a stop
-        token, which is not returned.
+        """The likeliest continuation, at most `count` tokens, by the program's own loop; it ends before a
+        stop token, which is not returned.
 
         `favoured` is a token whose logit is raised (by 1e4, say) so that it is the likeliest at each step:
         so every program can be brought to the point where it has to stop.
@@ -40,3 +41,11 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Gives back memory, files and processes."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a program's logits may be from albor's, and why so far."""
+
+    logits: float  # largest |difference| / largest |logit of albor's|, over all positions and tokens
+    reason: str  # shown with the table

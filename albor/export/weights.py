@@ -1,7 +1,8 @@
 """The weights under the names, and in the pieces, of the Hugging Face Llama layout.
 
-albor packs query, key and value into one matrix, and gate and up into another; here they are cut apart, and put
-together again. Nothing is permuted: albor turns the pairs (x[i], x[i + D/2]) of a head, as Hugging Face does.
+albor packs query, key and value into one matrix, and gate and up into another; here they are cut apart, and
+put together again. Nothing is permuted: albor turns the pairs (x[i], x[i + D/2]) of a head, as Hugging Face
+does.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ def read_hf_tensors(
 ) -> None:
     """Fills `flat`, a flat buffer of all parameters, from the (name, tensor) of a Hugging Face Llama.
 
-    Values are rounded to the buffer's dtype; alignment padding stays as it is. Tensors are taken one at a time,
-    so they may be read from a file as they are asked for. Raises CheckpointError, which names them, for tensors
-    that are missing, that a Llama of this architecture does not have (biases, q_norm), whose shape is another,
-    or that are not finite; `flat` then holds what must not be used. A head that is stored although it is tied
-    must equal the embedding.
+    Values are rounded to the buffer's dtype; alignment padding stays as it is. Tensors are taken one at a
+    time, so they may be read from a file as they are asked for. Raises CheckpointError, which names them, for
+    tensors that are missing, that a Llama of this architecture does not have (biases, q_norm), whose shape is
+    another, or that are not finite; `flat` then holds what must not be used. A head that is stored although
+    it is tied must equal the embedding.
     """
     wanted = {piece.name: piece for piece in layout(model)}
     problems, seen, tied_head = [], set(), None

@@ -43,10 +43,18 @@ def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "aut
     much memory as its configuration asks for.
     """
     place: Literal["cuda", "cpu"] = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return checkpoint.first_intact(checkpoint.candidates(path), lambda found: _load(found, place, batch))
+    return checkpoint.first_intact(
+        checkpoint.candidates(path), lambda found: load_checkpoint(found, place, batch)
+    )
 
 
-def _load(directory: Path, place: Literal["cuda", "cpu"], batch: int) -> Loaded:
+def load_checkpoint(
+    directory: Path, place: Literal["cuda", "cpu"], batch: int = 0, dtype: str | None = None
+) -> Loaded:
+    """`load_for_inference` of this one checkpoint; `dtype` is what to compute in, None: as it was trained.
+
+    Raises DamagedCheckpoint where it does not verify.
+    """
     manifest = checkpoint.verify(directory, tensors=False)
     config = load_config(directory / _CONFIG)
     tokenizer = Tokenizer.load(directory / _TOKENIZER)
@@ -60,7 +68,7 @@ def _load(directory: Path, place: Literal["cuda", "cpu"], batch: int) -> Loaded:
     architecture = Architecture.from_config(config.model)
     # Both before anything is allocated: the configuration may be a stranger's.
     _check_shapes(directory, manifest, architecture)
-    plan = plan_inference(config, place, compute_dtype(precision, place), batch)
+    plan = plan_inference(config, place, dtype or compute_dtype(precision, place), batch)
     _check_fits(directory, plan, place)
     arena = Arena(plan, place)
     weights = named_tensors(arena["weights"], architecture)

@@ -221,11 +221,11 @@ def vram_estimate(
     albor vram-estimate --audit runs/pretrain-350m
     albor vram-estimate configs/pretrain-350m.yaml --gpu "RTX 3060" --fit
     albor vram-estimate configs/pretrain-50m.yaml --gpu L4 --sweep --plot grid.png
-    albor vram-estimate configs/pretrain-50m.yaml --sweep model.vocab_size=8K,32K
 
-    Exit code 4: it does not fit, and the nearest changes that would are shown; with --fit,
-    nothing that was searched fits; with --sweep, no cell. A picture replaces none that albor did not draw.
-    With --audit, exit code 1: the run took more than it should have.
+    Exit code 4: it does not fit, and the nearest changes that would are shown;
+    with --fit nothing that was searched fits, with --sweep no cell does. Exit code 1:
+    with --audit, the run took more than it should have. A picture never replaces one
+    that albor did not draw.
     """
     from albor.configfile import load_config
     from albor.memory.fit import Options

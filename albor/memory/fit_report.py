@@ -49,12 +49,12 @@ def _nothing_fits(fit: Fit) -> list[str]:
     assert capacity is not None
     size = format_bytes(fit.smallest.estimate.required_bytes)
     lines = [
-        f"Nothing fits: the smallest that was tried needs {size}, {format_bytes(capacity)} are available.",
+        f"Nothing fits: the smallest needs {size}, and there are {format_bytes(capacity)}.",
         f"  {fit.smallest.overrides or 'as given'}",
     ]
     if fit.with_state is not None:
         lines += [
-            "With bf16 optimizer state, which is other arithmetic, this would fit (--fit-state):",
+            "With bf16 optimizer state, other arithmetic, this would fit (--fit-state):",
             f"  {fit.with_state.overrides}",
         ]
     return lines

@@ -77,6 +77,11 @@ def test_every_position_agrees_with_the_reference(shape: dict[str, object]) -> N
     for prompt in (1, CHUNK, 2 * CHUNK, 2 * CHUNK + 1, CONTEXT):
         got = step_by_step(decoder, tokens, prompt)
         torch.testing.assert_close(got, expected[prompt - 1 :], rtol=1e-10, atol=1e-10)
+    # All positions of one call, in the same chunks.
+    for count in (1, CHUNK, CONTEXT):
+        decoder.reset()
+        got = torch.cat([decoder.feed_for_each(part) for part in tokens.split(count)])
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -46,6 +47,23 @@ class Decoder:
         The logits are in the compute dtype and in the arena: the next call overwrites them. Raises
         ContextFull, with nothing read, where the model has too few positions, and ValueError without a token.
         """
+        for a in self._read_all(tokens):
+            pass
+        self._project(a, slice(-1, None), self.arena["sample.logits"])
+        return self.arena["sample.logits"][0]
+
+    def feed_for_each(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`feed`, but returns the logits (n, V) of what follows each of `tokens`, in memory of their own."""
+        one = self.arena["sample.logits"]
+        logits, done = one.new_empty(tokens.shape[0], one.shape[1]), 0
+        for a in self._read_all(tokens):
+            rows = a.delta.shape[0]
+            self._project(a, slice(None), logits[done : done + rows])
+            done += rows
+        return logits
+
+    def _read_all(self, tokens: torch.Tensor) -> Iterator[Activations]:
+        """Checks and reads `tokens`, a chunk at a time; what comes out of a chunk's last block is given."""
         count = tokens.shape[0]
         if count == 0:
             raise ValueError("there are no logits without a token to follow")
@@ -57,12 +75,15 @@ class Decoder:
         if self.length == 0:
             self.arena.enter("sample")
         for chunk in tokens.to(self.arena.device).split(self._chunk):
-            a = self._read(chunk)
-        head, logits = self.model.head, self.arena["sample.logits"]
-        last, delta, normed, rstd = a.middle[-1:], a.delta[-1:], a.mlp_normed[-1:], a.mlp_rstd[-1:]
-        self._ops.rmsnorm_forward(last, delta, head.norm, self._eps, last, normed, rstd)
+            yield self._read(chunk)
+
+    def _project(self, a: Activations, rows: slice, logits: torch.Tensor) -> None:
+        """The logits of these rows of a chunk: final norm and projection to the vocabulary."""
+        head, residual, normed = self.model.head, a.middle[rows], a.mlp_normed[rows]
+        self._ops.rmsnorm_forward(
+            residual, a.delta[rows], head.norm, self._eps, residual, normed, a.mlp_rstd[rows]
+        )
         self._ops.linear_forward(normed, head.tokens, logits)
-        return logits[0]
 
     def _read(self, tokens: torch.Tensor) -> Activations:
         """Runs all blocks over the next `tokens`, of which a chunk has room, and appends to the caches."""

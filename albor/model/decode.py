@@ -47,8 +47,7 @@ class Decoder:
         The logits are in the compute dtype and in the arena: the next call overwrites them. Raises
         ContextFull, with nothing read, where the model has too few positions, and ValueError without a token.
         """
-        for a in self._read_all(tokens):
-            pass
+        *_, a = self._read_all(tokens)
         self._project(a, slice(-1, None), self.arena["sample.logits"])
         return self.arena["sample.logits"][0]
 

@@ -203,6 +203,7 @@ def remove_after(checkpoints_dir: Path, step: int) -> None:
         best = read_best(checkpoints_dir)
         if best is not None and best.step > step:
             (checkpoints_dir / BEST).unlink()
+            flush_directory(checkpoints_dir)  # or the power may leave it without what it names
     remove([path for path in list_checkpoints(checkpoints_dir) if step_of(path) > step])
 
 

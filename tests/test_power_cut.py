@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from power_cut import Log, Operation, image_of, record, replay
-from power_cut_cases import Action, Evaluate, Save, judge, recorded, replay_random_scene
+from power_cut_cases import Action, Evaluate, GoBack, Save, judge, recorded, replay_random_scene
 
 from albor import checkpoint
 from albor.checkpoint import BEST, Retention
@@ -28,6 +28,10 @@ SCENES: dict[str, tuple[list[Action], list[Action]]] = {
     "the best is another one": (
         [Save(1), Evaluate(1, 3.0), Save(2)],
         [Evaluate(2, 2.5), Save(3, {**LAST, "keep_best": True}), Evaluate(3, 2.0)],
+    ),
+    "the run goes back": (
+        [Save(1), Save(2), Save(3), Evaluate(3, 2.0)],
+        [GoBack(1), Save(2, {}, {"config.yaml": b"another"}), Evaluate(2, 2.5)],
     ),
 }
 
@@ -62,6 +66,16 @@ def removed_at_once(log: Log) -> Log:
     return log.without(lambda operation: id(operation) in after and operation.kind == "fsync")
 
 
+def unmarked_with_the_rest(log: Log) -> Log:
+    """best.json goes together with what it names, in any order."""
+    (unlinked,) = (
+        i for i, o in enumerate(log.operations) if o.kind == "unlink" and Path(o.path).name == BEST
+    )
+    fsync = log.operations[unlinked + 1]
+    assert fsync.kind == "fsync"
+    return log.without(lambda operation: operation is fsync)
+
+
 DROPPED: dict[str, tuple[Callable[[Log], Log], str, str]] = {  # how, in which scene, what then shows
     "fsync of the tensors": (of("fsync", "weights"), "the first of all", "was skipped"),
     "fsync of the state": (of("fsync", "state"), "the first of all", "was skipped"),
@@ -72,6 +86,12 @@ DROPPED: dict[str, tuple[Callable[[Log], Log], str, str]] = {  # how, in which s
     "fsync of best.json": (of("fsync", f".{BEST}"), "the best is another one", BEST),
     "fsync of best.json's name": (of("fsync", "checkpoints"), "the best is another one", BEST),
     "fsync before a removal": (removed_at_once, "the older of two goes", "missing|no manifest"),
+    "fsync before what is left behind goes": (removed_at_once, "the run goes back", "missing|no manifest"),
+    "fsync of best.json's removal": (
+        unmarked_with_the_rest,
+        "the run goes back",
+        f"{BEST} names what is not there",
+    ),
 }
 
 

@@ -34,6 +34,7 @@ from mutations import MUTATIONS
 from albor import cli, faults, tensorfile
 from albor.data.loader import Loader
 from albor.memory import devices
+from albor.train import session
 from albor.train.step import Accumulated, Batch, Trainer, TrainState
 
 CONSUMED = "consumed.txt"  # in the command's directory: step, micro-batch, SHA-256 of its tokens and targets
@@ -41,6 +42,7 @@ REACHED = "reached.txt"  # with TRACE set: the points that were reached, one a l
 TRACE = "FAULT_TRACE"
 POISONED = "FAULT_POISONED"  # samples of the run, as `first-last`: a step that reads one has a loss of NaN
 FAIL_TENSORS = "FAULT_TENSORS"  # the end of a tensor file's path: the disk gives its header and no more
+FAIL_ARENA = "FAULT_ARENA"  # set: there is no memory for the arena
 FAIL_READS = "FAULT_READS"  # the name of a file: once it is there, os.pread fails as on a disk that is going
 
 
@@ -103,6 +105,8 @@ def _run(request: dict[str, Any]) -> int:
             _fail_reads(Path(os.environ[FAIL_READS]))
         if os.environ.get(FAIL_TENSORS):
             _fail_tensors(os.environ[FAIL_TENSORS])
+        if os.environ.get(FAIL_ARENA):
+            _fail_arena()
         if request["mutation"]:
             MUTATIONS[request["mutation"]].apply()
         cli.main()
@@ -187,6 +191,13 @@ def _fail_tensors(end: str) -> None:
         return read(path, *arguments)
 
     tensorfile._store = failing
+
+
+def _fail_arena() -> None:
+    def no_memory(*_: Any) -> NoReturn:
+        raise torch.OutOfMemoryError("out of memory on purpose")
+
+    session.Arena = no_memory  # type: ignore[assignment, misc]
 
 
 if __name__ == "__main__":

@@ -232,6 +232,7 @@ def _() -> None:
     shortage._SAID = re.compile("DefaultCPUAllocator: can't allocate memory|.*CUBLAS_STATUS_ALLOC_FAILED")
 
 
+@without("a shortage is explained while a run is opened too", "13 memory arena")
 @without("a shortage is explained", "13 memory step")
 def _() -> None:
     run.is_out_of_memory = lambda error: False

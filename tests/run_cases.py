@@ -128,6 +128,11 @@ def tree(directory: Path) -> dict[str, str]:
     }
 
 
+def unlogged(directory: Path) -> dict[str, str]:
+    """What a refused command leaves as it was: all but the log, which says that there was one."""
+    return {name: digest for name, digest in tree(directory).items() if not name.endswith("events.jsonl")}
+
+
 def bits(run: Path) -> dict[str, Any]:
     """All that must be equal between two runs that learn the same: every number but the clock's and those
     of memory, and every byte of the newest checkpoint, which must verify, but the run's name."""

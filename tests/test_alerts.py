@@ -258,11 +258,13 @@ def test_a_stop_saves_says_why_and_goes_on_once_the_rule_is_gone(config: Path, w
     )
     assert len(result.err.splitlines()) == 1
     assert checkpoints(RUN)[-1] == step
-    assert [event["event"] for event in events(RUN)][-3:] == ["alert", "checkpoint", "memory"]
+    assert [event["event"] for event in events(RUN)][-4:] == ["alert", "checkpoint", "stopped", "memory"]
     for _ in range(2):
         again = train(config, rule)
         assert (again.code, again.err) == (1, result.err)
         assert rows(RUN)[-1]["step"] == step
+        assert [event["event"] for event in events(RUN)][-2:] == ["resumed", "stopped"]
+        assert events(RUN)[-1]["reason"].startswith("alert train/loss < 4: train/loss is")
     assert train(config, 'alerts={"train/loss < 1": stop}').code == 0
     assert bits(RUN) == whole
 

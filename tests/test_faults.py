@@ -43,7 +43,7 @@ from fault_cases import (
     run_of,
     write_project,
 )
-from fault_server import FAIL_READS, FAIL_TENSORS
+from fault_server import FAIL_ARENA, FAIL_READS, FAIL_TENSORS
 from helpers import END_OF_DOCUMENT, forward_backward, gradients_of, make_batches, make_config, make_trainer
 from mutations import MUTATIONS
 from run_cases import ENVIRONMENT, events, tree
@@ -187,10 +187,13 @@ def claimed(bench: Bench, mutation: str) -> None:
 # Row 13: out of memory
 
 
-def short_of_memory(bench: Bench, mutation: str, where: str, *, at: int) -> None:
+def short_of_memory(bench: Bench, mutation: str, where: str, *, at: int, after: str = "") -> None:
     """The run ends with an explanation, and loses nothing that was saved."""
     directory = bench.fresh()
-    result = bench.train(directory, fault=f"{where}:oom", mutation=mutation)
+    if after:
+        reach(bench.train(directory, fault=f"{after}:kill").code == KILLED, after)
+    keywords: dict[str, Any] = {"fault": f"{where}:oom"} if where else {"environment": {FAIL_ARENA: "1"}}
+    result = bench.train(directory, mutation=mutation, **keywords)
     reach(result.code, "there was no shortage")
     assert (result.code, "Traceback" in result.err) == (1, False), result.err
     assert "out of memory" in result.err
@@ -388,6 +391,9 @@ CASES: dict[str, Case] = {
     "8 told twice in a save": make_case(told_twice, "save.written:12"),
     # 13
     "13 memory step": make_case(short_of_memory, "step.micro_batch:9", at=6),
+    "13 memory load": make_case(short_of_memory, "load.begin:", at=6, after="step.updated:9"),
+    "13 memory arena": make_case(short_of_memory, "", at=6, after="step.updated:9"),
+    "13 memory arena of a new run": make_case(short_of_memory, "", at=0),
     "13 memory save": make_case(short_of_memory, "save.tensors:12", at=6),
     "13 memory report": make_case(short_of_memory, f"evaluate.begin:{STEPS}.2", at=STEPS),
     "13 memory evaluation": make_case(short_of_memory_beside_training, "evaluate.batch:12.2", "evaluation"),

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from checkpoint_cases import exit_code_of, fork
 from hypothesis import HealthCheck, given, settings
-from run_cases import Result, call, checkpoints, tree, write_project
+from run_cases import Result, call, checkpoints, unlogged, write_project
 from test_config_effects import keys
 
 from albor import yamlcore
@@ -358,7 +358,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(
     stop.setattr(run.Loop, "_owes_save", stopped_by_a_limit(run.Loop._owes_save))
     assert call("train", own_config).code == 75
     stop.undo()
-    before, saved = tree(RUN), checkpoints(RUN)
+    before, saved = unlogged(RUN), checkpoints(RUN)
     if not guarded:
         monkeypatch.setattr(session, "_explain_other_data", pytest.fail)
         monkeypatch.setattr(run.PreparedData, "sha256", property(lambda _: saved_data(RUN)))
@@ -366,7 +366,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(
     if guarded:
         assert result.code == 1
         assert f"was trained with another tokenizer than {other}" in result.err
-        assert tree(RUN) == before
+        assert unlogged(RUN) == before
     else:
         assert result.code == 0
         assert checkpoints(RUN) != saved

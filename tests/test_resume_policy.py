@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import make_config
-from run_cases import bits, call, checkpoints, events, tree
+from run_cases import bits, call, checkpoints, events, unlogged
 from test_config_effects import EFFECTS, Effect, keys
 
 from albor import checkpoint
@@ -216,7 +216,7 @@ def test_a_checkpoint_says_what_computed_attention(config: Path):
 
 def test_a_refusal_says_why_and_touches_nothing(config: Path):
     stop_after(STEP, config)
-    before = tree(RUN)
+    before = unlogged(RUN)
     result = call("train", config, "train.max_steps=30", "optimizer.weight_decay=0.2")
     assert result.code == 2
     checkpoint = RUN / "checkpoints" / f"step-{STEP:08d}"
@@ -227,7 +227,7 @@ def test_a_refusal_says_why_and_touches_nothing(config: Path):
         "0.0099446, and would have had 0.00996719; restore it, or give the new run another name and start it "
         "anew",
     ]
-    assert tree(RUN) == before
+    assert unlogged(RUN) == before
 
 
 # What the table protects: a run that goes on with another value is the run that always had it, or is refused

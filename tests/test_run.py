@@ -27,10 +27,13 @@ from run_cases import (
     rows,
     start,
     tree,
+    unlogged,
     wait,
     wait_for,
 )
 
+from albor import build
+from albor.build import build_id
 from albor.checkpoint import checkpoint_name
 from albor.configfile import load_config
 from albor.evaluate.validation import Validation
@@ -386,7 +389,7 @@ def test_how_it_is_computed_may_change_on_the_way(config: Path, whole: dict[str,
 def test_what_is_computed_may_not_change_on_the_way(config: Path):
     """Every key is named at once, before anything is prepared for the other run."""
     stop_in(6, config)
-    before, cached = tree(RUN), tree(config.parent / "data")
+    before, cached = unlogged(RUN), tree(config.parent / "data")
     changes = {
         "seed": 8,
         "model.vocab_size": 350,
@@ -403,7 +406,7 @@ def test_what_is_computed_may_not_change_on_the_way(config: Path):
         key.replace("[0]", ".0") for key in changes
     )
     assert all("restore it, or give the new run another name" in line for line in problems)
-    assert (tree(RUN), tree(config.parent / "data")) == (before, cached)
+    assert (unlogged(RUN), tree(config.parent / "data")) == (before, cached)
 
 
 def test_a_moved_corpus_is_the_same_corpus(config: Path, whole: dict[str, Any]):
@@ -420,20 +423,20 @@ def test_a_changed_corpus_is_refused(config: Path):
     stop_in(3, config, moved)
     with open(corpus / "00.txt", "a") as file:
         file.write("one more line.\n")
-    before = tree(RUN)
+    before = unlogged(RUN)
     result = call("train", config, moved)
     assert result.code == 1
     assert "was trained on other data" in result.err
-    assert tree(RUN) == before
+    assert unlogged(RUN) == before
 
 
 def test_resume_never_touches_nothing_of_a_run_that_is_there(config: Path):
     assert call("train", config, "--resume", "never", "train.max_steps=5").code == 0
-    before = tree(Path())
+    before = unlogged(Path())
     result = call("train", config, "--resume", "never", "seed=8")
     assert result.code == 2
     assert f"{RUN} already holds checkpoints" in result.err
-    assert tree(Path()) == before
+    assert unlogged(Path()) == before
 
 
 def test_resume_from_another_run_leaves_it_as_it_was(config: Path, whole: dict[str, Any]):
@@ -455,11 +458,11 @@ def test_a_finished_run_under_another_name_has_a_checkpoint_of_its_own(config: P
 
 def test_resume_would_not_leave_newer_checkpoints_behind(config: Path):
     stop_in(10, config)
-    before = tree(RUN)
+    before = unlogged(RUN)
     result = call("train", config, "--resume", RUN / "checkpoints" / checkpoint_name(8))
     assert result.code == 2
     assert f"holds {checkpoint_name(10)} already" in result.err
-    assert tree(RUN) == before
+    assert unlogged(RUN) == before
 
 
 def test_two_processes_do_not_train_one_run(config: Path):
@@ -539,6 +542,70 @@ def test_a_failed_evaluation_costs_no_training(
     assert (last["event"], last["step"], last["error"][: len(kind.__name__)]) == ("failed", 8, kind.__name__)
     assert call("train", config).code == 0
     assert bits(RUN) == whole
+
+
+def test_whatever_ends_a_command_is_in_the_log_of_a_run_that_has_begun(config: Path, monkeypatch: Any):
+    """Also where it does not come to training. A new run that is refused leaves nothing at all."""
+    absurd = "data.max_epochs=0.01"
+    assert call("train", config, absurd).code == 2
+    assert not RUN.exists()
+    stop_in(6, config)
+
+    def last() -> tuple[str, int | None, str]:
+        event = events(RUN)[-1]
+        return event["event"], event["step"], event.get("error", event.get("reason", ""))
+
+    assert call("train", config, absurd).code == 2
+    assert last()[:2] == ("failed", None)
+    assert "ConfigError: train.max_steps: 24 steps read" in last()[2]
+    assert call("train", config, "--resume", "never").code == 2
+    assert last()[:2] == ("failed", None)
+    with monkeypatch.context() as patch:
+        patch.setattr("albor.train.saver._free", lambda _: 0)
+        assert call("train", config).code == 1
+        assert last()[:2] == ("failed", 6)
+        assert "AlborError: the next 2 checkpoints take" in last()[2]
+    with monkeypatch.context() as patch:
+        patch.setattr("albor.train.run.prepare", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert call("train", config).code == 75
+        assert last() == ("stopped", None, "SIGTERM")
+    weights = RUN / "checkpoints" / checkpoint_name(6) / "weights.safetensors"
+    weights.write_bytes(b"")
+    shutil.rmtree(RUN / "checkpoints" / checkpoint_name(4))
+    assert call("train", config).code == 1
+    assert last()[:2] == ("failed", None)
+    assert "weights.safetensors: has 0 bytes" in last()[2]
+
+
+def test_other_sources_than_before_are_said_and_are_in_no_checkpoint(
+    config: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    stop_in(6, config)
+    built = build_id()
+    assert json.loads((RUN / "env.json").read_text())["build"] == built
+    assert events(RUN, "started")[0]["build"] == built
+    monkeypatch.setattr("albor.train.run_directory.build_id", lambda: "another")
+    result = call("train", config)
+    assert result.code == 0
+    said = f"the run goes on where results may be rounded otherwise: build {built} -> another\n"
+    assert said in result.out.replace("\n", " ").replace("another ", "another\n")
+    (event,) = events(RUN, "environment_changed")
+    assert (event["key"], event["before"], event["after"]) == ("build", built, "another")
+    assert bits(RUN) == whole
+
+
+def test_the_build_is_that_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "albor"
+    shutil.copytree(Path(build.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "__file__", str(package / "build.py"))
+    found = [build_id()]
+    for name in ("train/loop.py", "kernels/adamw.py"):
+        (package / name).write_bytes((package / name).read_bytes() + b"\n")
+        found.append(build_id())
+    (package / "train/loop.py").rename(package / "train/loops.py")
+    found.append(build_id())
+    assert len({*found}) == len(found)
+    assert build_id() == found[-1]
 
 
 def test_a_run_directory_that_cannot_be_made_is_explained(config: Path):

@@ -169,6 +169,7 @@ class Loop:
 
     def _stop_by(self, alarm: Alarm) -> NoReturn:
         saved = self._save_to_stop()
+        self.log.event("stopped", self.session.state.step, reason=str(alarm))
         raise Alert(
             f"{alarm} after step {self.session.state.step}; {saved} once that rule is changed or removed "
             "(alerts)"

@@ -35,7 +35,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, on_failure: Callable[[str], None] = _print_to_stderr):
         self.metrics_path = run_dir / METRICS
         self.events_path = run_dir / EVENTS
-        self._on_failure = on_failure
+        self.on_failure = on_failure
         self._failed = False
         for path in (self.metrics_path, self.events_path):
             self._attempt(path, _cut_torn_line)
@@ -46,8 +46,10 @@ class MetricsLog:
             self.metrics_path, lambda path: _append(path, {"step": step, "tokens": tokens, **metrics})
         )
 
-    def event(self, event: str, step: int, **details: Any) -> None:
-        """Append something that happened (a checkpoint, a skipped step, the run's end), with the time."""
+    def event(self, event: str, step: int | None, **details: Any) -> None:
+        """Append something that happened (a checkpoint, a skipped step, the run's end), with the time; the
+        step is null before the run has come to one.
+        """
         record = {
             "event": event,
             "step": step,
@@ -82,7 +84,7 @@ class MetricsLog:
         except OSError as error:
             if not self._failed:
                 self._failed = True
-                self._on_failure(
+                self.on_failure(
                     f"cannot use {path}: {error.strerror or error}; training goes on, and the log has gaps"
                 )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from rich.console import Console
 
 from albor import faults
 from albor.architecture import IGNORED_TARGET
+from albor.build import build_id
 from albor.checkpoint import CHECKPOINTS, checkpoint_name, list_checkpoints
 from albor.config import RunConfig
 from albor.data.loader import validation_batches
@@ -29,7 +32,14 @@ from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
 from albor.train.memory_record import MemoryRecord
 from albor.train.metrics import MetricsLog
 from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
-from albor.train.run_directory import claim, replace_file, run_directory, write_description
+from albor.train.run_directory import (
+    claim,
+    environment_changes,
+    has_begun,
+    replace_file,
+    run_directory,
+    write_description,
+)
 from albor.train.saver import preflight
 from albor.train.session import (
     Session,
@@ -98,65 +108,101 @@ def run_training(
     card = CardProcess() if device == "cuda" else None  # before anything else uses the card
     stop.limit.set(config, checkpoint_bytes(plan))
     with claim(directory, say):
-        sources = find_checkpoints(config, resume, say)
-        if device == "cuda":  # before minutes go into data: without a C compiler this fails
-            from albor.train.rehearsal import compile_kernels  # imports Triton
+        log = MetricsLog(directory, on_failure=say)
+        with _RecordedEnd(config, log, stop) as end:
+            sources = find_checkpoints(config, resume, say)
+            if device == "cuda":  # before minutes go into data: without a C compiler this fails
+                from albor.train.rehearsal import compile_kernels  # imports Triton
 
-            say(f"attention: {plan.attention}")
-            compile_kernels(config, plan, say)
-        with show_progress(console) as progress:
-            data = prepare(config, progress)
-        for report in data.reports:
-            for line in report.lines():  # documents that were left out, by reason: never silently
-                say(line)
-        if problems := [*check_horizon(config, data), *_check_prompts(config, data)]:
-            raise ConfigError(problems)
-        session = open_session(config, data, plan, device, sources, say)
-        if session.left_out and (problems := check_horizon(config, data, session.left_out)):
-            raise ConfigError(problems)
-        source = session.resumed_from
-        changes = changes_since(config, source) if source else []
-        preflight(session, say)
-        write_description(directory, given, target)
-        step = session.state.step
-        display = make_display(console, config.steps, first_step=step, title=config.name, json=as_json)
-        log = MetricsLog(directory, on_failure=display.message)
-        memory = MemoryRecord(target, session.trainer.arena, log, card)
-        if faults.ACTIVE:
-            log.event("faults", step, faults=faults.ACTIVE)
-        log.event("resumed" if source else "started", step, source=str(source) if source else None)
-        for change in changes:
-            log.event("config_changed", step, key=change.key, before=change.before, after=change.after)
-        if changes:
-            say(f"the run goes on with another configuration: {', '.join(map(str, changes))}")
-        say(f"{directory}: {_describe_start(step, config.steps, source)}")
-        for row in log.events():  # earlier processes have timed saves on this disk
-            if row.get("event") == "checkpoint" and isinstance(row.get("seconds"), float):
-                stop.limit.expect_save(row["seconds"])
-        try:
+                say(f"attention: {plan.attention}")
+                compile_kernels(config, plan, say)
+            with show_progress(console) as progress:
+                data = prepare(config, progress)
+            for report in data.reports:
+                for line in report.lines():  # documents that were left out, by reason: never silently
+                    say(line)
+            if problems := [*check_horizon(config, data), *_check_prompts(config, data)]:
+                raise ConfigError(problems)
+            session = end.session = open_session(config, data, plan, device, sources, say)
+            if session.left_out and (problems := check_horizon(config, data, session.left_out)):
+                raise ConfigError(problems)
+            preflight(session, say)
+            _describe(session, target, given, log, say)
+            display = make_display(
+                console, config.steps, first_step=session.state.step, title=config.name, json=as_json
+            )
+            log.on_failure = display.message
+            memory = MemoryRecord(target, session.trainer.arena, log, card)
+            for row in log.events():  # earlier processes have timed saves on this disk
+                if row.get("event") == "checkpoint" and isinstance(row.get("seconds"), float):
+                    stop.limit.expect_save(row["seconds"])
             with display:
                 stop.defer()
                 outcome = _train_and_report(session, log, display, stop, memory, target.peak_flops)
             (directory / "eval").mkdir(exist_ok=True)
             replace_file(directory / "eval" / "final.json", json.dumps(outcome.as_json(), indent=1) + "\n")
-        except (Interrupted, Diverged, Alert):
-            raise  # recorded where they arose
-        except BaseException as error:
-            log.event("failed", session.state.step, error=f"{type(error).__name__}: {error}")
-            if is_out_of_memory(error):
-                raise AlborError(_explain_shortage(error, session)) from error
-            raise
-        log.event("finished", session.state.step)
     return outcome
 
 
-def _explain_shortage(error: BaseException, session: Session) -> str:
-    saved = [path.name for path in list_checkpoints(session.directory / CHECKPOINTS)][-1:]
+class _RecordedEnd:
+    """While entered, whatever ends the run has a line in events.jsonl, and a shortage of memory becomes an
+    AlborError. A new run that is refused before it begins leaves no directory, and no line.
+    """
+
+    def __init__(self, config: RunConfig, log: MetricsLog, stop: StopRequest):
+        self._config, self._log, self._stop = config, log, stop
+        self.session: Session | None = None  # from when it is open
+
+    def __enter__(self) -> _RecordedEnd:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        step = self.session.state.step if self.session else None
+        if error is None:
+            self._log.event("finished", step)
+        elif isinstance(error, Interrupted | Diverged | Alert):
+            pass  # recorded where they arose
+        elif has_begun(run_directory(self._config)):
+            if isinstance(error, Stopped):
+                self._log.event("stopped", step, reason=self._stop.reason)
+            else:
+                self._log.event("failed", step, error=f"{type(error).__name__}: {error}")
+        if error is not None and is_out_of_memory(error):
+            raise AlborError(_explain_shortage(error, self._config, step)) from error
+
+
+def _describe(
+    session: Session, target: Estimate, given: str, log: MetricsLog, say: Callable[[str], None]
+) -> None:
+    """What the run is and how it began: its files, the first events, and what is other than it was."""
+    config, step, source = session.config, session.state.step, session.resumed_from
+    changes = changes_since(config, source) if source else []
+    others = environment_changes(source.parent.parent, target.plan) if source else []
+    write_description(session.directory, given, target)
+    if faults.ACTIVE:
+        log.event("faults", step, faults=faults.ACTIVE)
+    began = {"source": str(source) if source else None, "build": build_id()}
+    log.event("resumed" if source else "started", step, **began)
+    for kind, found in (("config_changed", changes), ("environment_changed", others)):
+        for change in found:
+            log.event(kind, step, key=change.key, before=change.before, after=change.after)
+    if changes:
+        say(f"the run goes on with another configuration: {', '.join(map(str, changes))}")
+    if others:
+        say(f"the run goes on where results may be rounded otherwise: {', '.join(map(str, others))}")
+    say(f"{session.directory}: {_describe_start(step, config.steps, source)}")
+
+
+def _explain_shortage(error: BaseException, config: RunConfig, step: int | None) -> str:
+    saved = [path.name for path in list_checkpoints(run_directory(config) / CHECKPOINTS)][-1:]
     goes_on = f"goes on from {saved[0]}" if saved else "starts anew, for there is no checkpoint yet"
     reason = str(error).partition("\n")[0] or type(error).__name__
+    when = "before the first step" if step is None else f"after step {step} of {config.steps}"
     return (
-        f"out of memory after step {session.state.step} of {session.config.steps}: {reason}; find out what "
-        f"else uses it (albor vram-estimate shows what the run needs); the same command then {goes_on}"
+        f"out of memory {when}: {reason}; find out what else uses it (albor vram-estimate shows what the run "
+        f"needs); the same command then {goes_on}"
     )
 
 

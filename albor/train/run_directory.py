@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from albor import __version__, durable
+from albor.build import build_id
 from albor.config import RunConfig
 from albor.configfile import dump_config
 from albor.errors import AlborError
 from albor.memory.estimate import Estimate
 from albor.memory.plan import MemoryPlan
+from albor.strictjson import from_json, read_bounded
 
 _LOCK = ".lock"  # held while a process trains in the directory; stays there, empty
 
@@ -51,13 +53,18 @@ def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        # A run that was refused leaves nothing; one that was not has more here than the lock.
-        if directory in created and os.listdir(directory) == [_LOCK]:
+        # A run that was refused leaves nothing.
+        if directory in created and not has_begun(directory):
             with suppress(OSError):
                 lock.unlink()
                 for path in created:
                     path.rmdir()
         os.close(handle)
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a claimed directory holds anything of a run."""
+    return os.listdir(directory) != [_LOCK]
 
 
 def _lock(path: Path, warn: Callable[[str], None]) -> int | None:
@@ -90,6 +97,32 @@ def write_description(directory: Path, given: str, target: Estimate) -> None:
     replace_file(directory / "env.json", json.dumps(_environment(target.plan), indent=1) + "\n")
 
 
+class EnvironmentChange(NamedTuple):
+    """One thing that a result may depend on, and that is another than when the run was last started."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.before} -> {self.after}"
+
+
+def environment_changes(directory: Path, plan: MemoryPlan) -> list[EnvironmentChange]:
+    """What differs from the env.json of the run in `directory`; nothing where it has none that is whole."""
+    try:
+        before = from_json(read_bounded(directory / "env.json"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(before, dict):
+        return []
+    return [
+        EnvironmentChange(key, before.get(key), value)
+        for key, value in _environment(plan).items()
+        if before.get(key) != value
+    ]
+
+
 def _plan_json(target: Estimate) -> dict[str, Any]:
     plan = target.plan
     return {
@@ -112,6 +145,7 @@ def _environment(plan: MemoryPlan) -> dict[str, Any]:
     """What a result may depend on besides the configuration."""
     return {
         "albor": __version__,
+        "build": build_id(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "numpy": np.__version__,

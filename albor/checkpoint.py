@@ -207,11 +207,15 @@ def remove_after(checkpoints_dir: Path, step: int) -> None:
     remove([path for path in list_checkpoints(checkpoints_dir) if step_of(path) > step])
 
 
-def clear_leftovers(checkpoints_dir: Path) -> None:
-    """Undo what saves of this process or of dead ones left behind."""
+def clear_leftovers(checkpoints_dir: Path, *, alone: bool = False) -> None:
+    """Undo what saves of this process or of dead ones left behind.
+
+    `alone`: whoever calls keeps all others out, so that a save whose process seems to live is a dead one's
+    too. Numbers of processes come again: in a container the first one always has the same.
+    """
     for path in sorted(checkpoints_dir.iterdir()):
         match = _LEFTOVER_NAME.fullmatch(path.name)
-        if match is None or _is_other_live_process(int(match[3])):
+        if match is None or (not alone and _is_other_live_process(int(match[3]))):
             continue
         if match[2] == "old" and not (checkpoints_dir / match[1]).exists():
             os.rename(path, checkpoints_dir / match[1])  # its replacement never got the name

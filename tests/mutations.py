@@ -219,7 +219,7 @@ def _() -> None:
 
 @without("the second signal ends it", "8 told twice in a step")
 def _() -> None:
-    signals._end_at_the_second = lambda arrivals, heeded: os.read(arrivals, 1 << 16)
+    signals._end_at_the_second = lambda arrivals, *_: os.read(arrivals, 1 << 16)
 
 
 @without("a shortage beside the training is survived", "13 memory evaluation")

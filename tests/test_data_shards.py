@@ -1,5 +1,6 @@
 """Shards: what is read is what was written, or the file that is not is named."""
 
+import errno
 import json
 import os
 
@@ -417,4 +418,37 @@ def unchecked(add):
 def test_a_pickled_array_is_refused(shards):
     np.save(shards / "tokens-00000.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match=r"tokens-00000.npy"):
+        TokenStream.open(shards)
+
+
+@pytest.mark.parametrize(("failures", "pauses"), [(1, [0.1]), (3, [0.1, 0.4, 1.0]), (4, [0.1, 0.4, 1.0])])
+def test_a_read_that_fails_for_a_moment_is_tried_again(shards, failures, pauses, monkeypatch):
+    """With a warning; a disk that keeps failing is an error that names the file, within two seconds."""
+    stream = TokenStream.open(shards)
+    expected, slept, failed, read = stream.read(0, 100), [], [], os.pread
+
+    def failing(*arguments):
+        if len(failed) < failures:
+            failed.append(arguments)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "pread", failing)
+    monkeypatch.setattr(shards_module.time, "sleep", slept.append)
+    if failures <= len(pauses):
+        with pytest.warns(UserWarning, match=r"tokens-00000\.npy could not be read at first \(Input/output"):
+            np.testing.assert_array_equal(stream.read(0, 100), expected)
+    else:
+        with pytest.raises(DataError, match=r"tokens-00000\.npy cannot be read: Input/output error"):
+            stream.read(0, 100)
+    assert slept == pauses
+    assert sum(slept) < 2
+
+
+def test_a_file_that_cannot_be_hashed_is_named(shards, monkeypatch):
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(shards_module, "file_sha256", failing)
+    with pytest.raises(DataError, match=r"documents\.npy cannot be read: Input/output error"):
         TokenStream.open(shards)

@@ -120,7 +120,7 @@ def test_pauses_double_up_to_a_minute(config: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     assert (saver._FIRST_PAUSE, saver._LONGEST_PAUSE) == (1.0, 60.0)
     slept: list[float] = []
-    monkeypatch.setattr(saver.Saver, "_pause", lambda self, seconds: slept.append(seconds) or True)
+    monkeypatch.setattr(saver.Saver, "_pause", lambda self, seconds, _: slept.append(seconds) or True)
     with disk_fault("save.begin", errno.EIO, times=100, step=4):
         assert call("train", config, "checkpoint.retries=8", "name=patient").code == 1
     assert slept == [1, 2, 4, 8, 16, 32, 60, 60]
@@ -141,6 +141,52 @@ def test_a_signal_ends_the_pause(config: Path, monkeypatch: pytest.MonkeyPatch):
         assert (result.code, time.monotonic() - began < 20) == (code, True)
         assert says in result.err
         assert checkpoints(Path(f"runs/run{code}"))[-1] == (8 if times == 1 else 4)
+
+
+@contextlib.contextmanager
+def told_at(point: str, step: int) -> Iterator[None]:
+    """SIGTERM comes when the run first reaches `point`."""
+    reach, told = faults.reach, list[str]()
+
+    def tell(name: str, at: int | None = None) -> float:
+        if (name, at) == (point, step) and not told:
+            told.append(name)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reach(name, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "reach", tell)
+        yield
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["", "without-its-guard"])
+def test_a_signal_in_an_attempt_leaves_one_more(config: Path, guarded: bool, monkeypatch: pytest.MonkeyPatch):
+    """It comes while the save writes that then fails: no pause follows. The guard dropped, all attempts."""
+    if not guarded:  # what came before a pause began would be nothing new to it
+        pause = saver.Saver._pause
+        monkeypatch.setattr(saver.Saver, "_pause", lambda self, s, _: pause(self, s, self.stop.reason))
+    monkeypatch.setattr(saver, "_FIRST_PAUSE", 50.0)
+    with disk_fault("save.written", errno.EIO, times=100) as failed, told_at("save.tensors", 8):
+        result = call("train", config, "checkpoint.retries=3")
+    assert (result.code, len(failed)) == (1, 2 if guarded else 4)
+    assert f"attempts: {len(failed)}" in result.err
+    assert events(RUN, "save_failed")[0]["pause"] == 0
+
+
+def test_the_pauses_of_a_run_that_was_stopped_before_are_bounded(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The scheduler that has told it to stop does not wait for ever."""
+    monkeypatch.undo()
+    slept: list[float] = []
+    monkeypatch.setattr(saver.Saver, "_pause", lambda self, seconds, _: slept.append(seconds) or True)
+    with disk_fault("save.begin", errno.EIO, times=100, step=6), told_at("step.begin", 7):
+        result = call("train", config, "name=told", "checkpoint.retries=8")
+    assert result.code == 1
+    assert slept == [1, 2, 4, 3]
+    assert sum(slept) == saver._STOPPING
+    assert "attempts: 5" in result.err
+    shutil.rmtree("runs/told")
 
 
 def test_the_end_of_the_time_ends_the_pause(config: Path, monkeypatch: pytest.MonkeyPatch):
@@ -230,7 +276,7 @@ def test_a_run_without_room_for_two_checkpoints_does_not_begin(config: Path, mon
     assert not RUN.exists(), "a run that was refused leaves nothing"
 
     with monkeypatch.context() as patch:  # the guard dropped
-        patch.setattr(run, "preflight", lambda *_: None)
+        patch.setattr(run, "preflight", lambda *_, **__: None)
         assert call("train", config, "name=unguarded").code == 0, "what cannot fail proves nothing"
     pretend_free(monkeypatch, lambda: 4 * size_of(config))
     result = call("train", config)
@@ -333,7 +379,7 @@ def test_a_full_disk(config: Path, whole: dict[str, Any], monkeypatch: pytest.Mo
                     file.write(bytes(1000))
                     file.flush()
 
-    def pause(self: saver.Saver, seconds: float) -> bool:
+    def pause(self: saver.Saver, seconds: float, _: str | None) -> bool:
         pauses.append(seconds)
         if len(pauses) == 2:
             os.unlink("disk/filler")

@@ -51,10 +51,14 @@ class FakeClock:
         return self.now
 
 
-def limit_of(hours: float | None, checkpoint_bytes: int = 0) -> tuple[TimeLimit, FakeClock]:
+def limit_of(
+    hours: float | None, checkpoint_bytes: int = 0, *, background: bool = False
+) -> tuple[TimeLimit, FakeClock]:
     clock = FakeClock()
     limit = TimeLimit(clock)
-    limit.set(SimpleNamespace(train=SimpleNamespace(max_hours=hours)), checkpoint_bytes)  # type: ignore[arg-type]
+    sections = {"train": {"max_hours": hours}, "checkpoint": {"background": background}}
+    config = SimpleNamespace(**{name: SimpleNamespace(**keys) for name, keys in sections.items()})
+    limit.set(config, checkpoint_bytes)  # type: ignore[arg-type]
     return limit, clock
 
 
@@ -70,6 +74,13 @@ def test_the_margin_is_two_of_the_longest_saves_and_the_longest_step():
     assert not limit.is_near()
     clock.now += 0.5
     assert limit.is_near()
+
+
+def test_a_save_in_the_background_may_be_under_way():
+    """The last save waits for it, and is still to have twice the time of the longest."""
+    limit, _ = limit_of(1.0, background=True)
+    limit.expect_save(250.0)
+    assert limit.margin == 3 * 250
 
 
 def test_without_a_limit_it_is_never_near():

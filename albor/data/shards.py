@@ -14,6 +14,8 @@ import bisect
 import hashlib
 import json
 import os
+import time
+import warnings
 import weakref
 from array import array
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ FORMAT = 1
 SHARD_TOKENS = 100_000_000
 _MANIFEST = "manifest.json"
 _DOCUMENTS = "documents.npy"
+_READ_PAUSES = (0.1, 0.4, 1.0)  # seconds before a read that failed is tried again
 _SCANNED_TOKENS = 1 << 24  # tokens that a check of a whole shard looks at in one go
 
 
@@ -152,13 +155,32 @@ class _Shard:
         content = b""
         while len(content) < size:
             try:
-                part = os.pread(self._file, size - len(content), position + len(content))
+                part = self._pread(size - len(content), position + len(content))
             except OSError as error:
                 raise DataError(f"{self.path} cannot be read: {error.strerror}; {_MEND}") from error
             if not part:
                 raise DataError(f"{self.path} became shorter while it was in use; {_MEND}")
             content += part
         return np.frombuffer(content, dtype=self._dtype)
+
+    def _pread(self, size: int, position: int) -> bytes:
+        """At most `size` bytes at `position`. A disk that fails is asked again, for a network disk or a cable
+        may be gone for a moment; that it was is a warning.
+        """
+        pauses, failed = iter(_READ_PAUSES), None
+        while True:
+            try:
+                content = os.pread(self._file, size, position)
+            except OSError as error:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise
+                failed = error.strerror
+                time.sleep(pause)
+            else:
+                if failed:
+                    warnings.warn(f"{self.path} could not be read at first ({failed})", stacklevel=1)
+                return content
 
 
 @dataclass(frozen=True)
@@ -335,7 +357,11 @@ def _read_vector(path: Path, dtype: np.dtype[Any], length: int) -> np.ndarray:
 
 
 def _verify_hash(path: Path, sha256: str) -> None:
-    if file_sha256(path) != sha256:
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; {_MEND}") from error
+    if found != sha256:
         raise DataError(f"{path} is not the file that was written (its SHA-256 differs); {_REMEDY}")
 
 

@@ -107,7 +107,7 @@ def run_training(
         raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
     card = CardProcess() if device == "cuda" else None  # before anything else uses the card
     stop.limit.set(config, checkpoint_bytes(plan))
-    with claim(directory, say):
+    with claim(directory, say) as alone:
         log = MetricsLog(directory, on_failure=say)
         with _RecordedEnd(config, log, stop) as end:
             sources = find_checkpoints(config, resume, say)
@@ -126,7 +126,7 @@ def run_training(
             session = end.session = open_session(config, data, plan, device, sources, say)
             if session.left_out and (problems := check_horizon(config, data, session.left_out)):
                 raise ConfigError(problems)
-            preflight(session, say)
+            preflight(session, say, alone=alone)
             _describe(session, target, given, log, say)
             display = make_display(
                 console, config.steps, first_step=session.state.step, title=config.name, json=as_json

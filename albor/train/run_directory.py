@@ -34,24 +34,27 @@ def run_directory(config: RunConfig) -> Path:
 
 
 @contextmanager
-def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[None]:
+def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[bool]:
     """Makes the run directory, and keeps other processes from training in it until the block, or we, end.
 
-    Where the file system has no locks (NFS without a lock service), `warn` is told so and nothing is kept
-    out.
+    Yields whether it does that: where the file system has no locks (NFS without a lock service), `warn` is
+    told so and nothing is kept out.
     """
     lock = directory / _LOCK
     try:
         created = [path for path in (directory, directory.parent) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
-        handle = _lock(lock, warn)
+        claimed = _lock(lock)
     except OSError as error:
         raise AlborError(f"runs_dir: {directory} cannot be used: {error.strerror}") from error
-    if handle is None:
+    if claimed is None:
         problem = f"another process is training in {directory}; wait for it, or choose another name"
         raise AlborError(problem)
+    handle, refusal = claimed
+    if refusal:
+        warn(f"{directory} cannot be locked ({refusal}); see to it that no other process trains in it")
     try:
-        yield
+        yield not refusal
     finally:
         # A run that was refused leaves nothing.
         if directory in created and not has_begun(directory):
@@ -67,8 +70,10 @@ def has_begun(directory: Path) -> bool:
     return os.listdir(directory) != [_LOCK]
 
 
-def _lock(path: Path, warn: Callable[[str], None]) -> int | None:
-    """The open and locked file at `path`; None if another process has it."""
+def _lock(path: Path) -> tuple[int, str | None] | None:
+    """The open file at `path`, and why it could not be locked, if so; None if another process has locked
+    it.
+    """
     while True:
         # For writing, because NFS makes a lock on a byte range of flock, and an exclusive one needs that.
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -78,14 +83,10 @@ def _lock(path: Path, warn: Callable[[str], None]) -> int | None:
             os.close(handle)
             return None
         except OSError as error:
-            warn(
-                f"{path.parent} cannot be locked ({error.strerror}); see to it that no other process trains "
-                "in it"
-            )
-            return handle
+            return handle, error.strerror
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle
+                return handle, None
         os.close(handle)  # its last owner has removed it since we opened it
 
 

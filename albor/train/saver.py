@@ -7,6 +7,7 @@ the next one is then made in the foreground, with those attempts.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from albor.train.snapshot import Snapshot
 from albor.units import format_bytes
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts; each is twice the one before
+_STOPPING = 10.0  # seconds that pauses may take together in a run that was stopped before: a scheduler waits
 _GLANCE = 0.05  # seconds until a pause notices that a signal has come, or that time is up
 _SMALL_FILES = 2 * 2**20  # bytes of a checkpoint beside its tensors: tokenizer, manifest, configuration
 
@@ -156,17 +158,23 @@ class Saver:
             )
 
     def _try_to_write(self, save: _Save) -> Path:
-        """Attempts and pauses. A signal that comes in a pause, or the end of train.max_hours, cuts it short:
-        one more attempt, and no other.
+        """Attempts and pauses. A signal that comes meanwhile, or the end of train.max_hours, cuts them short:
+        one more attempt, and no other. Where one had come before, it is this save that it waits for, and the
+        pauses are few.
         """
         tensors, retries = checkpoint_tensors(self.session.trainer), self.session.config.checkpoint.retries
+        asked = self.stop.reason
+        left = math.inf if asked is None else _STOPPING
         for attempt in range(retries):
             try:
                 return save.write(self._directory, tensors)
             except DiskFault as error:
-                pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
+                pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE, left)
+                if self.stop.reason != asked:
+                    pause = 0.0
                 self._tell("save_failed", save.step, f"{error}; another attempt in {pause:g} s", pause=pause)
-            if not self._pause(pause):
+            left -= pause
+            if not self._pause(pause, asked) or left <= 0:
                 break
         try:
             return save.write(self._directory, tensors)
@@ -178,14 +186,15 @@ class Saver:
             problem = f"{error}; attempts: {attempt + 2 if retries else 1}; {kept}, once the disk is mended"
             raise DiskFault(problem) from error
 
-    def _pause(self, seconds: float) -> bool:
-        """Waits; False: a signal or the time limit has cut it short."""
-        asked, until = self.stop.reason, time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            if self.stop.reason != asked or self.stop.limit.is_last_call():
-                return False
+    def _pause(self, seconds: float, asked: str | None) -> bool:
+        """Waits; False: another reason to stop than `asked`, or the time limit, has cut it short."""
+        until = time.monotonic() + seconds
+        while self.stop.reason == asked and not self.stop.limit.is_last_call():
+            left = until - time.monotonic()
+            if left <= 0:
+                return True
             time.sleep(min(left, _GLANCE))
-        return True
+        return False
 
     def _done(self, save: _Save, path: Path) -> None:
         self.saved_step, self._must_wait = save.step, False
@@ -231,16 +240,17 @@ def find_shortage(session: Session, step: int, saves: int) -> str | None:
     return f"{what} {format_bytes(saves * size)}, and {there}"
 
 
-def preflight(session: Session, say: Callable[[str], None]) -> None:
+def preflight(session: Session, say: Callable[[str], None], *, alone: bool = False) -> None:
     """Before the first step: whether the disk takes two checkpoints. Raises AlborError if it does not.
 
-    Says so where it takes two, but not all that the run is going to keep.
+    Says so where it takes two, but not all that the run is going to keep. What dead saves have left is
+    removed; `alone`, nobody else can be saving here, whatever process lives.
     """
     config, directory = session.config, session.directory / checkpoint.CHECKPOINTS
+    with suppress(OSError):
+        checkpoint.clear_leftovers(directory, alone=alone)
     if session.saved_step == config.steps:
         return  # the run is finished, and saves nothing
-    with suppress(OSError):
-        checkpoint.clear_leftovers(directory)
     if shortage := find_shortage(session, session.state.step + 1, saves=2):
         raise AlborError(f"{shortage}; free some, or set runs_dir to another disk")
     kept, size = _most_checkpoints(config), _size(session)

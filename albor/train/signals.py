@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -47,7 +49,8 @@ class StopRequest:
         self._arrivals, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        threading.Thread(target=_end_at_the_second, args=(self._arrivals, heeded), daemon=True).start()
+        arguments = (self._arrivals, heeded, self._answer)
+        threading.Thread(target=_end_at_the_second, args=arguments, daemon=True).start()
         self._previous = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
@@ -76,6 +79,15 @@ class StopRequest:
         if self.reason is not None:
             raise Stopped
 
+    def _answer(self, number: int) -> None:
+        """Says at once that a first signal was heard: what it asks for may take a while. From a thread that
+        must not wait for the console's lock, and not to standard output, which may be JSON.
+        """
+        doing = "saving" if self._deferred else "stopping"
+        line = f"albor: {signal.Signals(number).name}: {doing}; once more ends at once\n"
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
@@ -83,14 +95,15 @@ class StopRequest:
                 raise Stopped
 
 
-def _end_at_the_second(arrivals: int, heeded: list[signal.Signals]) -> None:
-    """Reads the numbers of the signals that arrive, until the pipe is closed."""
+def _end_at_the_second(arrivals: int, heeded: list[signal.Signals], answer: Callable[[int], None]) -> None:
+    """Reads the numbers of the signals that arrive, until the pipe is closed; the first is answered."""
     first: float | None = None
     while numbers := os.read(arrivals, 1):
         if numbers[0] not in heeded:
             continue
         if first is None:
             first = time.monotonic()
+            answer(numbers[0])
         elif time.monotonic() - first > _ONE_REQUEST_SECONDS:
             if sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), b"\x1b[?25h\r\n")  # the live display hides the cursor

@@ -16,7 +16,8 @@ class TimeLimit:
     """Counts from its making, on a clock that no adjustment of the time of day moves.
 
     It is near when what is left is no more than two saves and one step, each as long as the longest so far:
-    a step may have begun when it is looked at, and the last save may be slower than any before.
+    a step may have begun when it is looked at, and the last save may be slower than any before. With
+    checkpoint.background it is three: one may be under way, which the last one waits for.
     """
 
     def __init__(self, clock: Callable[[], float] | None = None):
@@ -25,6 +26,7 @@ class TimeLimit:
         self.seconds: float | None = None  # no limit
         self._longest_save, self._longest_step = 0.0, 0.0  # seconds
         self._save_is_assumed = True
+        self._saves = 2
 
     def set(self, config: RunConfig, checkpoint_bytes: int) -> None:
         """Takes `train.max_hours`. Raises ConfigError where it leaves no time between two saves."""
@@ -32,6 +34,7 @@ class TimeLimit:
         if hours is None:
             return
         self.seconds = hours * 3600
+        self._saves = 3 if config.checkpoint.background else 2
         self._longest_save = checkpoint_bytes / _ASSUMED_BYTES_PER_SECOND
         if self.margin >= self.seconds:
             problem = f"is {hours:g}, {self.seconds:g} s, of which {self.margin:.2g} s are kept for saving"
@@ -45,7 +48,7 @@ class TimeLimit:
     @property
     def margin(self) -> float:
         """Seconds before the limit at which the run stops."""
-        return 2 * self._longest_save + self._longest_step
+        return self._saves * self._longest_save + self._longest_step
 
     def is_near(self) -> bool:
         """Whether the run has to save and stop now."""
@@ -53,9 +56,7 @@ class TimeLimit:
 
     def is_last_call(self) -> bool:
         """Whether what is left is hardly enough for one save."""
-        return (
-            self.seconds is not None and self._clock() - self._started >= self.seconds - self._longest_save
-        )
+        return self.seconds is not None and self._clock() - self._started >= self.seconds - self._longest_save
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -124,8 +124,8 @@ class Tokenizer:
             raise DataError(f"{path} is not a SentencePiece model file") from error
         except DataError as error:
             raise DataError(f"tokenizer {path}: {error}") from error
-        ids = tokenizer.encode(_PROBE)
-        if tokenizer.decode_bytes(ids) != _PROBE.encode() or set(ids.tolist()) & set(tokenizer.special_ids.values()):
+        ids, special = tokenizer.encode(_PROBE), set(tokenizer.special_ids.values())
+        if tokenizer.decode_bytes(ids) != _PROBE.encode() or special & set(ids.tolist()):
             raise DataError(
                 f"tokenizer {path} changes the text that it encodes (it normalises, adds a leading space, or "
                 "has no byte fallback), so that bits per byte and generated text would be wrong; set "

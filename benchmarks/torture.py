@@ -1,6 +1,6 @@
 """What a run survives, at length: random kills, damaged checkpoints, power cuts.
 
-    python benchmarks/torture.py            # 10 to 20 minutes; writes benchmarks/results/torture.json and the
+    python benchmarks/torture.py            # 15 to 30 minutes; writes benchmarks/results/torture.json and the
                                             # table in docs/reliability.md
     python benchmarks/torture.py --kills 20 --damages 50 --scenes 3 --no-write
     python benchmarks/torture.py --seed 7 --life 12 --no-write      # one life again, for a look at it
@@ -8,13 +8,14 @@
 Kills: a life is a run of tests/fault_cases.py that is killed, told to stop or made to fail, at a random point
 of albor.faults or after a random time, one to five times in a row, and then left alone. It must come to the
 bits of a run that nothing happened to. Lives differ in how they train: with random rounding, with saves in
-the background, with steps that are not finite and make the run go back.
+the background, with steps that are not finite and make the run go back. Only ends that leave the process no
+word count as kills: SIGKILL, and an exit on the spot. Signals that are heeded and errors come on top.
 
 Damages: one place in one file of a checkpoint is changed, at random. That must be found, and said of that
 file; no tensor of it may be used; and the checkpoint before it must be taken, in some cases by a whole run.
 
-Power cuts: tests/power_cut.py records what random saves, evaluations and removals do to the disk, and makes
-every state in which it may be found afterwards.
+Power cuts: tests/power_cut.py records what random saves, evaluations, removals and rollbacks do to the disk,
+and makes every state in which it may be found afterwards.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -78,11 +79,13 @@ BEGIN, END = "<!-- torture: begin -->", "<!-- torture: end -->"
 
 VARIANTS = {PLAIN: 4, ROUNDED: 2, BACKGROUND: 2, ROLLED_BACK: 2}  # and how often they are drawn
 ENDS = {"kill": -signal.SIGKILL, "exit": faults.EXIT_CODE, "raise": 1, "term": 75, "int": 75, "hup": 75}
+KILLS = ("kill", "exit")  # the process has no last word
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "hup": signal.SIGHUP}
 # At a random time the process may not have come to taking signals itself.
 BEFORE = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 128 + signal.SIGINT)
 MISSED = ("ended before the random time", "did not come to the point")
 LONGEST_LIFE = 0.35  # seconds: about what a run takes that is left alone, on an idle machine
+OWN_DATA = 0.2  # of the lives prepare their data themselves, and may be killed at that
 RUN_EVERY = 25  # damages of which one is shown to a whole run
 
 
@@ -112,6 +115,8 @@ class Tally:
 
 # Kills
 
+Point = tuple[str, int | None]
+
 
 def live(bench: Bench, seed: int, number: int, tally: Tally) -> None:
     """One life. Raises AssertionError if anything is lost or not as it would have been."""
@@ -120,7 +125,9 @@ def live(bench: Bench, seed: int, number: int, tally: Tally) -> None:
     variant = rng.choices(variants, [VARIANTS[variant] for variant in variants])[0]
     depth = rng.choices((1, 2, 3, 4, 5), (6, 1, 1, 1, 1))[0]
     directory, kept = bench.fresh(), 0
-    own_data = rng.random() < 0.1
+    own_data = rng.random() < OWN_DATA
+    # The first undisturbed run prepared the data of all.
+    preparing = [found for found in bench.points["plain"] if found[0].startswith("shard.")]
     arguments = [f"data.cache_dir={directory}/data"] if own_data else []
     for _ in range(depth):
         action = rng.choices(list(ENDS), (12, 1, 1, 4, 4, 2))[0]
@@ -129,7 +136,7 @@ def live(bench: Bench, seed: int, number: int, tally: Tally) -> None:
             allowed = (ENDS[action], 0, *BEFORE)
             missed = MISSED[0]
         else:
-            point, when = _draw_point(rng, bench.points[variant.name], kept, own_data)
+            point, when = _draw_point(rng, bench.points[variant.name], kept, preparing if own_data else [])
             place, fault = point, f"{point}:{when}:{action}"
             (directory / REACHED).unlink(missing_ok=True)
             result = bench.train(directory, *arguments, variant=variant, fault=fault, trace=True)
@@ -139,7 +146,7 @@ def live(bench: Bench, seed: int, number: int, tally: Tally) -> None:
         if result.code == 0:
             tally.add(missed)
             continue
-        tally.add(f"at {place}", f"by {action}", "kills")
+        tally.add(f"at {place}", f"by {action}", "kills" if action in KILLS else "other ends")
         stands_at = newest(directory) if run_of(directory).exists() else 0
         # Going back removes what is not good; otherwise what was saved stays saved.
         assert stands_at >= kept or variant is ROLLED_BACK, (
@@ -158,18 +165,22 @@ def _was_reached(directory: Path, point: str, when: str) -> bool:
 
 
 def _draw_point(
-    rng: random.Random, points: list[tuple[str, int | None]], kept: int, own_data: bool
+    rng: random.Random, points: list[Point], kept: int, preparing: list[Point]
 ) -> tuple[str, str]:
-    """A point that a run comes to that goes on from step `kept`, and when: as ALBOR_FAULT writes them."""
+    """A point that a run comes to that goes on from step `kept`, and when: as ALBOR_FAULT writes them.
+
+    `preparing` are the points of its data, where these are its own.
+    """
     ahead = [(point, step) for point, step in points if step is not None and step > kept]
-    if own_data and not kept:
-        ahead += [(point, step) for point, step in points if point.startswith("shard.")]
+    rare = {"rollback.begin", "rollback.loaded"} & {point for point, _ in ahead}
+    if preparing and not kept:
+        ahead += preparing
+        rare = {point for point, _ in preparing}
     if kept:
         ahead += [(point, None) for point in ("load.begin", "load.filled")] * 2
     ahead = ahead or [("evaluate.begin", STEPS)]
-    names = sorted({point for point, _ in ahead})  # each is as likely as any other, but for the rarest
-    rare = [point for point in names if point.startswith(("rollback.", "shard."))]
-    point = rng.choice(rare if rare and rng.random() < 0.3 else names)
+    names = {point for point, _ in ahead}  # each is as likely as any other, but for the rarest
+    point = rng.choice(sorted(rare if rare and rng.random() < 0.5 else names))
     step = rng.choice([step for candidate, step in ahead if candidate == point])
     times = sum((point, step) == other for other in ahead) if not point.startswith("load.") else 1
     return point, f"{'' if step is None else step}.{rng.randint(1, times)}"
@@ -371,14 +382,20 @@ def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     kills, damages, cuts = (Counter(record[part]["counts"]) for part in ("kills", "damages", "power_cuts"))
     lives = sum(count for name, count in kills.items() if name.startswith("lives:") and "deep" not in name)
-    ways = ", ".join(f"{kills[f'by {action}']} {action}" for action in ENDS if f"by {action}" in kills)
+
+    def count(what: str, actions: Iterable[str]) -> str:
+        of = {action: kills[f"by {action}"] for action in actions}
+        each = ", ".join(f"{number} {action}" for action, number in of.items() if number)
+        return f"{sum(of.values())} {what} ({each})"
+
+    others = [action for action in ENDS if action not in KILLS]
+    ends = f"{count('random kills', KILLS)}, and {count('other ends', others)}, in {lives} runs"
     points = sum(name.startswith("at ") and name != "at a random time" for name in kills)
     missed = sum(kills[name] for name in MISSED)
     besides = f"; {missed} more were meant, and the run had ended" if missed else ""
     rows = [
         (
-            f"{kills['kills']} random ends ({ways}) in {lives} runs, "
-            f"at {points} of the {len(faults.POINTS)} points and at random times{besides}",
+            f"{ends}, at {points} of the {len(faults.POINTS)} points and at random times{besides}",
             "the bits of an undisturbed run",
             record["kills"],
         ),

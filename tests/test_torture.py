@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import torture  # noqa: E402  (which stands beside no test)
 from fault_cases import Bench, Server, directory_of_runs, write_project  # noqa: E402
 
+from albor import faults  # noqa: E402
+
 
 def test_a_little_of_it():
     with Server() as server, directory_of_runs() as directory:
@@ -61,16 +63,19 @@ def test_signals_that_a_shell_has_had_ignored_arrive():
 
 
 def test_a_life_is_the_same_again():
-    points: list[tuple[str, int | None]] = [("step.begin", step) for step in range(1, 25)]
-    points += [("save.tensors", 6)] * 2 + [("shard.write", None)] * 9
+    points: list[torture.Point] = [("step.begin", step) for step in range(1, 25)]
+    points += [("save.tensors", 6)] * 2
+    preparing: list[torture.Point] = [("shard.write", None)] * 9
 
     def draw(kept: int, own_data: bool) -> list[tuple[str, str]]:
-        return [torture._draw_point(random.Random(seed), points, kept, own_data) for seed in range(300)]
+        data = preparing if own_data else []
+        return [torture._draw_point(random.Random(seed), points, kept, data) for seed in range(300)]
 
     drawn = draw(0, True)
     assert drawn == draw(0, True)
     assert {point for point, _ in drawn} == {"step.begin", "save.tensors", "shard.write"}
     assert {when for point, when in drawn if point == "save.tensors"} == {"6.1", "6.2"}
+    assert {when for point, when in drawn if point == "shard.write"} == {f".{n}" for n in range(1, 10)}
     later = draw(20, False)
     assert {when for point, when in later if point == "step.begin"} == {"21.1", "22.1", "23.1", "24.1"}
     assert {point for point, _ in later} == {"step.begin", "load.begin", "load.filled"}
@@ -97,10 +102,29 @@ def test_damage_that_is_not_found_is_a_failure(tmp_path: Path):
         torture.check_damage(tmp_path, "optimizer.safetensors")
 
 
+def test_what_has_a_last_word_is_no_kill(monkeypatch: pytest.MonkeyPatch):
+    """Errors, and signals that are heeded, leave as many kills to be done as before."""
+    begun = []
+
+    def live(bench: Bench, seed: int, number: int, tally: torture.Tally) -> None:
+        begun.append(number)
+        action = ("term", "raise", "kill", "exit")[number % 4]
+        tally.add(f"by {action}", "kills" if action in torture.KILLS else "other ends")
+
+    monkeypatch.setattr(torture, "live", live)
+    tally = torture.torture_by_kills(None, seed=0, kills=6)  # type: ignore[arg-type]
+    assert len(begun) == 12
+    record = json.loads(torture.RECORD.read_text(encoding="utf-8")) | {"kills": tally.as_json()}
+    said = "6 random kills (3 kill, 3 exit), and 6 other ends (3 raise, 3 term), in 0 runs"
+    assert said in torture.table(record)
+
+
 def test_the_table_on_the_page_is_the_committed_record():
     record = json.loads(torture.RECORD.read_text(encoding="utf-8"))
     page = torture.PAGE.read_text(encoding="utf-8")
     assert f"{torture.BEGIN}\n{torture.table(record)}\n{torture.END}" in page
-    assert record["kills"]["counts"]["kills"] >= 500
+    kills = record["kills"]["counts"]
+    assert kills["by kill"] + kills["by exit"] >= 500
+    assert {name for name in kills if name.startswith("at ")} >= {f"at {point}" for point in faults.POINTS}
     assert record["damages"]["counts"]["damages"] >= 1000
     assert not any(record[part]["failures"] for part in ("kills", "damages", "power_cuts"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from checkpoint_cases import forge
 from helpers import make_config
 from run_cases import bits, call, checkpoints, events, unlogged
 from test_config_effects import EFFECTS, Effect, keys
@@ -20,6 +23,7 @@ from albor.configfile import load_config
 from albor.errors import ConfigError
 from albor.memory.attention import AttentionChoice
 from albor.memory.plan import plan_training
+from albor.strictjson import to_json
 from albor.train import resume_policy, session
 from albor.train.resume_policy import POLICIES, Policy, changes_on_resume, policy_of
 from albor.train.step import Trainer
@@ -80,13 +84,25 @@ def test_a_key_without_a_policy_is_found():
     assert policy_of("data.sources.12.path") == POLICIES["data.sources[].path"]
 
 
+# Where the effect's other value is none that a run here could have, and why.
+NO_OTHER_VALUE = {
+    "tokenizer.kind": "use 'sentencepiece'",
+    "optimizer.name": "use 'adamw'",
+    "train.attention": "flash needs a GPU",
+    "divergence.window_steps": "5 steps cannot be skipped within 4",
+    "checkpoint.keep_every": "3 is no multiple of every_steps",
+}
+
+
 @pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: effect.key)
 def test_a_change_meets_its_policy(effect: Effect, config: Path):
     """For each key, with the value for which test_config_effects shows that it matters."""
-    try:
-        saved, now = (load_config(config, given) for given in (effect.base, (*effect.base, effect.change)))
-    except ConfigError:
-        return  # there is no other value that a run could have here
+    if effect.key in NO_OTHER_VALUE:
+        with pytest.raises(ConfigError) as refusal:
+            load_config(config, (*effect.base, effect.change))
+        assert NO_OTHER_VALUE[effect.key] in str(refusal.value)
+        return
+    saved, now = (load_config(config, given) for given in (effect.base, (*effect.base, effect.change)))
     verdict = POLICIES[of_any_kind(effect.key)].verdict
     problems = refused(config, effect.base, (*effect.base, effect.change))
     assert "allowed" not in {policy_of(problem).verdict for problem in problems}
@@ -202,11 +218,51 @@ def test_what_auto_attention_comes_to_may_not_change(
     state = {"compute_dtype": "bfloat16"} | ({} if saved is None else {"attention": saved})
     monkeypatch.setattr(checkpoint, "read_state", lambda _: state)
     with pytest.raises(ConfigError) if refused else nullcontext() as caught:
-        session._check_arithmetic(Path("step-1"), plan)
+        session._check_arithmetic(Path("step-1"), plan, "cuda")
     if caught is not None:
         [problem] = caught.value.problems
         assert problem.key == "train.attention"
         assert f"train.attention={saved} goes on" in problem.remedy
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["", "without-its-guard"])
+def test_a_gpus_run_goes_on_on_the_cpu_only_where_that_is_written(
+    config: Path, guarded: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """A driver that fails after a reboot leaves `auto` the CPU, and nobody would see that for days."""
+    stop_after(STEP, config)
+    newest = RUN / "checkpoints" / checkpoint_name(STEP)
+    state = {**checkpoint.read_state(newest), "attention": "triton"}  # as on a GPU
+    forge(newest, "state.json", to_json(state))
+    if not guarded:
+        monkeypatch.setattr(session, "_check_arithmetic", lambda *_: None)
+    result = call("train", config, "device=auto")
+    assert result.code == (2 if guarded else 0)
+    if guarded:
+        assert f"device: auto, which is the CPU here, and {newest} was computed on a GPU" in result.err
+        assert "albor doctor" in result.err
+        assert call("train", config, "device=cpu").code == 0
+
+
+def test_another_environment_is_said_and_recorded(config: Path, monkeypatch: pytest.MonkeyPatch):
+    """What `auto` and the machine make of the same configuration may be other than at the last start."""
+    stop_after(STEP, config)
+    before = json.loads((RUN / "env.json").read_text())
+    assert before["attention"] == "torch"
+    (RUN / "env.json").write_text(json.dumps({**before, "device": "NVIDIA H100", "head_chunk_tokens": 4096}))
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    result = call("train", config)
+    assert result.code == 0
+    found = {e["key"]: (e["before"], e["after"]) for e in events(RUN, "environment_changed")}
+    assert found == {
+        "threads": (threads, threads + 1),
+        "device": ("NVIDIA H100", "cpu"),
+        "head_chunk_tokens": (4096, before["head_chunk_tokens"]),
+    }
+    said = " ".join(result.out.split())
+    assert f"threads {threads} -> {threads + 1}" in said
+    assert "device NVIDIA H100 -> cpu" in said
 
 
 def test_a_checkpoint_says_what_computed_attention(config: Path):

@@ -60,7 +60,10 @@ POLICIES: dict[str, Policy] = {
     "name": _allowed("the run goes on in another directory, from the checkpoint that --resume names"),
     "runs_dir": _allowed("the run may be moved"),
     "seed": _refused("all randomness follows from it"),
-    "device": _allowed("the machine may be another one; its arithmetic then rounds as it does there"),
+    "device": _allowed(
+        "the machine may be another one; its arithmetic then rounds as it does there. What a GPU began "
+        "goes on on the CPU only where cpu is written: auto does not do that silently"
+    ),
     "model.hidden_size": _SHAPE,
     "model.intermediate_size": _SHAPE,
     "model.num_hidden_layers": _SHAPE,

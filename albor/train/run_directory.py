@@ -154,7 +154,11 @@ def _environment(plan: MemoryPlan) -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if plan.device == "cuda" else "cpu",
+        "compute_capability": list(torch.cuda.get_device_capability()) if plan.device == "cuda" else None,
+        "cuda": torch.version.cuda,
         "compute_dtype": plan.compute_dtype,
+        "attention": plan.attention.backend,
+        "head_chunk_tokens": next(b.shape[0] for b in plan.buffers if b.name == "head.logits"),
     }
 
 

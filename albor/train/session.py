@@ -256,7 +256,7 @@ def open_session(
     any, with initial weights.
     """
     if sources:
-        _check_arithmetic(sources[0], plan)
+        _check_arithmetic(sources[0], plan, config.device)
     arena = Arena(plan, device)
     trainer = Trainer(config, arena, data.tokenizer.end_of_document_id)
     weights = [s.weight for s in config.data.sources]
@@ -323,9 +323,16 @@ def is_finite(arena: Arena) -> bool:
     return all(ops.is_finite(arena[name]) for name in STATE_BUFFERS if name in arena)
 
 
-def _check_arithmetic(source: Path, plan: MemoryPlan) -> None:
-    """What the machine or albor's table of attention decides may not round the rest of a run otherwise."""
+def _check_arithmetic(source: Path, plan: MemoryPlan, device: Literal["auto", "cuda", "cpu"]) -> None:
+    """What the machine or albor's table of attention decides may not round the rest of a run otherwise; nor
+    may `device: auto` take a run from a GPU to the CPU, as it would where a driver fails after a reboot.
+    """
     saved = checkpoint.read_state(source)
+    attention, chosen = saved.get("attention"), plan.attention
+    if attention not in (None, "torch") and plan.device == "cpu" and device == "auto":
+        problem = f"auto, which is the CPU here, and {source} was computed on a GPU"
+        remedy = "find out why no GPU is found (albor doctor), or set device to cpu to go on without one"
+        raise ConfigError([Problem("device", problem, remedy)])
     computed = saved.get("compute_dtype")
     if computed != plan.compute_dtype:
         problem = (
@@ -333,7 +340,6 @@ def _check_arithmetic(source: Path, plan: MemoryPlan) -> None:
         )
         remedy = "go on where it began, or give a new run another name"
         raise ConfigError([Problem("train.precision", problem, remedy)])
-    attention, chosen = saved.get("attention"), plan.attention
     # A checkpoint from a CPU has the CPU's attention: going on elsewhere is allowed (resume_policy, device).
     if attention not in (None, "torch", chosen.backend) and chosen.backend != "torch":
         problem = f"{source} was computed with {attention} attention, and here it would be {chosen}"

@@ -22,7 +22,6 @@ _LIKE = {
     (9, 0): "H100", (10, 0): "H100", (12, 0): "RTX 4090",
 }  # fmt: skip
 _SCALED = "scaled from"
-_CHECKED = ("H100", "RTX 4090")  # against others' measurements, in docs/performance.md
 MODELLED_DTYPES = ("bfloat16", "float16")  # the tensor cores' rates
 # Bytes per second and direction of 16 lanes: 80 % of what PCIe 3.0, 4.0 and 5.0 signal. Assumed.
 _LINKS = {3: 12.6e9, 4: 25.2e9, 5: 50.4e9}
@@ -56,7 +55,7 @@ class SpeedModel:
         lanes = 0.5 if any(name in gpu.name for name in _EIGHT_LANES) else 1.0
         sums = _DESKTOP_SUMS if gpu.name.startswith("RTX") else _SERVER_SUMS
         like = f" after {_like(gpu)}" if card.source.startswith(_SCALED) else ""
-        note = f"modelled{like}" + (", good to about 7 %" if card.name in _CHECKED else "")
+        note = f"modelled{like}, not measured"
         return cls(card, gpu.compute_capability, _LINKS[generation] * lanes, sums, note)
 
     @property

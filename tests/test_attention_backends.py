@@ -305,12 +305,13 @@ def test_flash_takes_what_one_computes_by_hand():
     # dQ, dK, dV; for grouped queries dK and dV of all 16 heads; a number per row; dQ's sums in fp32, for 64
     # heads and at most 192 multiprocessors 3 of them, or one.
     backward = [out, keys, keys, out, out, lse]
-    for deterministic, sums in ((True, 48), (False, 16)):
+    # 8 + 8 + 2 + 2 + 8 + 8 = 36 MiB lie in segments of 20 that are at least half full; sums of 16 may take
+    # room there too, those of 48 do not.
+    for deterministic, sums, segments in ((True, 48, 20 * 4 + 48), (False, 16, 20 * 6)):
         small = 2  # MiB: a segment holds both lse
-        middle = 20 * 4  # 8 + 8 + 2 + 2 + 8 + 8 = 36 MiB, in segments that are at least half full
         found = temporaries(choice_of("flash", deterministic), model_of(16, 4, 64), 4, 1024)
         step = pool_bytes([int(size * MIB) for size in (*forward, *backward, sums)])
-        assert step == (small + middle + sums) * MIB
+        assert step == (small + segments) * MIB
         # An evaluation finds room in what the first step has left, unless its batch is larger.
         assert found == {"flash attention": step, "flash attention, graphs": step}
         larger = temporaries(choice_of("flash", deterministic), model_of(16, 4, 64), 4, 1024, 64)
@@ -371,9 +372,10 @@ def test_a_plan_has_room_for_a_library_and_none_for_what_it_does_not_need():
     [
         ([], 2),
         ([1], 2),
-        ([MIB] * 3, 6),
+        ([MIB] * 3, 8),
         ([MIB + 1], 20 + 2),
-        ([6 * MIB] * 2, 40 + 2),
+        ([6 * MIB] * 2, 20 + 2),
+        ([6 * MIB] * 4, 60 + 2),
         ([10 * MIB + 1], 12 + 2),
     ],
 )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from albor.architecture import Architecture, round_up
 from albor.memory.attention import AttentionChoice
+from albor.memory.pytorch import CachingAllocator
 
 _MIB = 2**20
 _MOST_MULTIPROCESSORS = 192  # of any card; the deterministic flash backward has a sum for so many programs
@@ -117,14 +118,8 @@ def _padded(head_dim: int) -> int:
 
 
 def pool_bytes(sizes: list[int]) -> int:
-    """What PyTorch's caching allocator takes at most to hold tensors of `sizes` bytes at a time.
+    """What PyTorch's caching allocator, as it is by default, takes at most to hold tensors of `sizes` bytes.
 
-    Up to 1 MiB they share segments of 2 MiB, up to 10 MiB segments of 20 MiB, which are at least half full
-    when another is opened; larger ones have a segment each (CUDACachingAllocator's get_allocation_size).
+    There is always something small: the state of a random generator that nothing reads.
     """
-    sizes = [round_up(size, 512) for size in sizes]
-    small = sum(size for size in sizes if size <= _MIB)
-    middle = sum(size for size in sizes if _MIB < size < 10 * _MIB)
-    large = sum(round_up(size, 2 * _MIB) for size in sizes if size >= 10 * _MIB)
-    # There is always something small: the state of a random generator that nothing reads.
-    return 2 * _MIB * max(1, -(-small // _MIB)) + 20 * _MIB * -(-middle // (10 * _MIB)) + large
+    return CachingAllocator().reserved([*sizes, 1])

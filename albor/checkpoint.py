@@ -215,7 +215,7 @@ def clear_leftovers(checkpoints_dir: Path, *, alone: bool = False) -> None:
     """
     for path in sorted(checkpoints_dir.iterdir()):
         match = _LEFTOVER_NAME.fullmatch(path.name)
-        if match is None or (not alone and _is_other_live_process(int(match[3]))):
+        if match is None or (not alone and is_other_live_process(int(match[3]))):
             continue
         if match[2] == "old" and not (checkpoints_dir / match[1]).exists():
             os.rename(path, checkpoints_dir / match[1])  # its replacement never got the name
@@ -225,7 +225,8 @@ def clear_leftovers(checkpoints_dir: Path, *, alone: bool = False) -> None:
             path.unlink()
 
 
-def _is_other_live_process(pid: int) -> bool:
+def is_other_live_process(pid: int) -> bool:
+    """Whether `pid` is a process that runs now, and is not this one."""
     if pid == os.getpid():
         return False
     try:

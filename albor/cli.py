@@ -489,6 +489,64 @@ def generate(
         show("\n")
 
 
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[
+        list[str],
+        typer.Option(metavar="FORMAT", help="hf, gguf or onnx; several with commas, or given several times."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where to write; several formats go to DIR/FORMAT. [default: RUN/export/FORMAT]",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="bf16, fp16 or fp32; for gguf also its own, such as q8_0. [default: what the run was trained in]",
+            show_default=False,
+        ),
+    ] = None,
+    model_license: Annotated[
+        str | None,
+        typer.Option(
+            "--license", metavar="NAME", help="The weights' licence, for the model card: apache-2.0"
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Load the export with the program that it is for, and compare."
+        ),
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained model as files that other programs load, and check that they compute the same.
+
+    \b
+    albor export runs/quickstart --to hf
+    albor export runs/quickstart --to hf,gguf --out export --license apache-2.0
+    albor export runs/quickstart/best --to gguf --dtype q8_0 --out quickstart-q8
+    albor export runs/quickstart --to onnx --dtype fp16 --json
+
+    Tokens, logits, 64 greedy tokens and the stop are compared with albor's own, in transformers,
+    llama.cpp or onnxruntime; where the program is not installed the export is written, and said to
+    be unchecked.
+
+    Exit code 1: they differ, and that export is not kept; or the run has no intact checkpoint, or
+    the disk is full. Exit code 2: the directory is taken, or the format cannot hold this model.
+    """
+    from albor.export.command import run_export
+
+    console = _console(stderr=as_json)
+    raise typer.Exit(run_export(run, to, out, dtype, model_license, check, as_json, console))
+
+
 @app.command("inspect-spike")
 def inspect_spike(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],

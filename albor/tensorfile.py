@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -72,11 +72,14 @@ class _Header(NamedTuple):
     tensors: dict[str, TensorSpec]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], on_written: Callable[[int], None] = lambda size: None
+) -> FileRecord:
     """Write `tensors` to `path` and return the size and hash of exactly the bytes that were written.
 
-    Host tensors go to the file from where they lie; of CUDA tensors a few MB at a time. The file is
-    on the disk when this returns. Equal tensors give equal bytes: nothing else is in the file.
+    Host tensors go to the file from where they lie; of CUDA tensors a few MB at a time; `on_written` is told
+    the size of each part. The file is on the disk when this returns. Equal tensors give equal bytes: nothing
+    else is in the file.
 
     Raises `OSError` when writing fails (the partial file stays), `KeyError` for a dtype outside the format.
     """
@@ -97,6 +100,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord
         for chunk in chain([prefix], *(_memory(tensor) for _, tensor in ordered)):
             digest.update(chunk)
             file.write(chunk)
+            on_written(len(chunk))
         file.flush()
         os.fsync(file.fileno())
     return FileRecord(len(prefix) + offset, digest.hexdigest())

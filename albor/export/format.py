@@ -29,13 +29,6 @@ class CannotCarry(AlborError):
     exit_code = 2
 
 
-class NotInstalled(Exception):
-    """A program that the gate would check with is missing; nothing is wrong with the export."""
-
-    def __init__(self, package: str, extra: str):
-        super().__init__(f"{package} is not installed; run: pip install 'albor[{extra}]'")
-
-
 @dataclass(frozen=True)
 class Source:
     """A trained model on its way out, in fp32 on the CPU, whatever it was trained in."""
@@ -93,6 +86,7 @@ class Format:
     """One way to write a model down. A module of this package defines it, and imports its library inside."""
 
     name: str  # what --to calls it, and the directory below RUN/export
+    program: str  # that checks it
     dtypes: tuple[str, ...]  # what --dtype may be; the first is the default unless `default_dtype` says other
     # (source, dtype) -> bytes that `write` will put on the disk, not too few: what the disk must have free.
     needed_bytes: Callable[[Source, str], int]
@@ -102,7 +96,7 @@ class Format:
     write: Callable[[Source, Path, str, Report], None]
     # (name in the Hugging Face layout, fp32 tensor, dtype) -> the values that the file has of it, in fp32.
     rounded: Callable[[str, torch.Tensor, str], torch.Tensor]
-    # (directory, dtype) -> the program with the export loaded; raises NotInstalled.
+    # (directory, dtype) -> the program with the export loaded; raises gate.NotInstalled.
     open_runtime: Callable[[Path, str], Runtime]
     # dtype -> how far the program's numbers may be from albor's own over the same rounded weights.
     tolerance: Callable[[str], Tolerance]

@@ -7,6 +7,7 @@ does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -36,6 +37,11 @@ class Piece:
     def shape(self) -> tuple[int, ...]:
         """The tensor's shape; a norm's is (C,)."""
         return (self.rows, *self.parameter.shape[1:])
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """This tensor in a flat buffer of all parameters, as a contiguous view."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     (
         "__init__", "errors", "units", "seeds", "progress", "faults", "strictjson", "alerts", "spikes",
-        "durable", "runlog", "build", "kernels",
+        "durable", "runlog", "build", "parent", "kernels",
     ),
     ("yamlcore", "config", "configfile", "architecture", "metric_names", "floor"),
     (
@@ -48,7 +48,7 @@ ROWS = (
         "train.verify_resume", "canary"),
     ("doctor", "calibrate"),
     ("bench",),
-    ("cli", "__main__"),
+    ("cli", "child", "__main__"),
 )  # fmt: skip
 
 # Rows alone would allow these. (who, whom, because)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ import pytest
 import torch
 from checkpoint_cases import make_state, save_step
 from fault_cases import Server
-from run_cases import albor, call, start, tree, wait, wait_for
+from run_cases import ENVIRONMENT, albor, call, start, tree, wait, wait_for
+from test_parent import lives
 
+from albor.configfile import load_config
 from albor.errors import CheckpointError
 from albor.faults import VARIABLE
-from albor.train import verify_resume
+from albor.memory.estimate import plan_for_training
+from albor.train import saver, verify_resume
 from albor.train.metrics import MetricsLog
 from albor.train.verify_resume import compare_runs, first_difference
 
@@ -35,17 +39,22 @@ def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def through(server: Server, monkeypatch: pytest.MonkeyPatch, mutation: str = "") -> list[tuple[str, int]]:
+def through(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    mutation: str = "",
+    also: dict[str, list[str]] | None = None,
+) -> list[tuple[str, int]]:
     """From here on commands are forked off a process that has imported torch already, as in test_faults.py;
-    gets what each was told to fail with, and its exit code."""
+    gets what each was told to fail with, and its exit code. A run may be given further arguments."""
     codes = []
 
-    def run_command(arguments: list[str], environment: dict[str, str], output: Path, _: Any) -> int:
-        fault = environment[VARIABLE]
-        result = server.run(Path().absolute(), "train", *arguments, fault=fault, mutation=mutation)
-        output.write_text(result.out + result.err)
+    def run_command(arguments: list[str], environment: dict[str, str], _: Any) -> tuple[int, str]:
+        fault, (name,) = environment[VARIABLE], (a for a in arguments if a.startswith("name="))
+        given = [*arguments, *(also or {}).get(name.removeprefix("name="), ())]
+        result = server.run(Path().absolute(), "train", *given, fault=fault, mutation=mutation)
         codes.append((fault, result.code))
-        return result.code
+        return result.code, result.out + result.err
 
     monkeypatch.setattr(verify_resume, "run_command", run_command)
     return codes
@@ -105,6 +114,9 @@ def test_a_resume_that_is_not_exact(
     through(server, monkeypatch, mutation)
     result = call("verify-resume", config)
     assert result.code == 1
+    assert result.out.endswith(
+        "two undisturbed runs are equal: it is the resume that is not exact, which is a bug\n"
+    )
     (line,) = (line for line in result.out.splitlines() if line.strip().startswith(differs))
     assert line.endswith("differ")
     assert "the resumed run: NOT the run that was never stopped" in result.out
@@ -116,6 +128,38 @@ def test_a_resume_that_is_not_exact(
             result.out,
             re.MULTILINE,
         )
+
+
+def test_a_machine_that_repeats_nothing(config: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
+    """As if each run drew other numbers: that is no fault of the resume, and is not called one."""
+    seeds = {name: [f"seed={seed}"] for seed, name in enumerate(("uninterrupted", "stopped", "repeated"))}
+    codes = through(server, monkeypatch, also=seeds)
+    result = call("verify-resume", config, "--json")
+    found = json.loads(result.out)
+    assert (result.code, found["identical"], found["repeats"], len(codes)) == (1, False, False, 4)
+    assert found["repetition_differs"].startswith("optimizer: ")
+    through(server, monkeypatch, also=seeds)
+    assert "two undisturbed runs differ as well: this machine" in call("verify-resume", config).out
+
+
+def test_the_room_is_looked_at_first(config: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
+    codes = through(server, monkeypatch)
+    size = saver.size_on_disk(plan_for_training(load_config(config)).plan)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * size - 1))
+    result = call("verify-resume", config)
+    assert (result.code, codes) == (1, [])
+    assert result.err.startswith("albor: verify-resume writes 4 checkpoints, ")
+    assert not Path("runs").exists()
+
+
+def test_what_a_command_said_is_not_on_the_disk(config: Path, tmp_path: Path):
+    """Which may be full: on one with room for nothing its words reach whoever asks."""
+    environment = {**ENVIRONMENT, VARIABLE: "save.begin:*:enospc", "OMP_NUM_THREADS": "1"}
+    arguments = [str(config), "train.max_steps=5", "schedule.warmup_steps=1", "checkpoint.retries=0"]
+    code, said = verify_resume.run_command(arguments, environment, lambda: None)
+    assert code == 1
+    assert "No space left on device" in said
 
 
 def test_a_command_that_fails_is_quoted(config: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
@@ -146,7 +190,7 @@ def test_what_it_refuses(config: Path):
 def test_an_interrupt_leaves_nothing_behind(config: Path, number: signal.Signals):
     """Neither a file nor a process."""
     process = start(Path(), "verify-resume", config, start_new_session=True)
-    trained = "runs/.verify-resume-*/uninterrupted.txt"
+    trained = "runs/.verify-resume-*/uninterrupted"
     wait_for(lambda: bool(list(Path().glob(trained))), process)
     time.sleep(0.3)
     children = _children(process.pid)
@@ -157,6 +201,31 @@ def test_an_interrupt_leaves_nothing_behind(config: Path, number: signal.Signals
     assert not Path("runs").exists()
     assert len(children) == 1
     assert not any(Path("/proc", str(child)).exists() for child in children)
+
+
+def test_a_kill_leaves_no_process_and_the_next_command_no_directory(config: Path, server: Server):
+    """SIGKILL cannot be handled: the trainer sees that its parent is gone, and a directory without its lock
+    that it has no owner.
+    """
+    process = start(Path(), "verify-resume", config, start_new_session=True)
+    wait_for(lambda: bool(list(Path().glob("runs/.verify-resume-*/uninterrupted"))), process)
+    children = _children(process.pid)
+    process.kill()
+    process.communicate()
+    assert len(children) == 1
+    deadline = time.monotonic() + 20
+    while any(lives(child) for child in children):
+        assert time.monotonic() < deadline, "an orphan trains on"
+        time.sleep(0.05)
+    (left,) = Path("runs").glob(".verify-resume-*")
+    with verify_resume._temporary_directory(Path("runs")) as other:
+        assert left.exists(), "it may be one that is not locked yet"
+        for directory in (left, other):
+            os.utime(directory, (0, 0))
+        with verify_resume._temporary_directory(Path("runs")):
+            assert not left.exists()
+            assert other.exists(), "its command lives"
+    assert list(Path("runs").iterdir()) == []
 
 
 def _children(pid: int) -> list[int]:

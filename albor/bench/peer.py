@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
+
+from albor.parent import end_with
 
 
 def main() -> int:
     """Runs the peer; 0 where it went through all steps."""
     name, path = sys.argv[1:]
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(os.getppid())  # a benchmark that was killed must not go on holding the card
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -39,17 +38,6 @@ def main() -> int:
         recorder.emit("failed", **_explain(error))
         return 1
     return 0
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process and its workers soon after `parent`, however that ends: a benchmark that was killed
-    must not go on holding the card.
-    """
-    while os.getppid() == parent:
-        time.sleep(1)
-    if os.getpgrp() == os.getpid():  # as `albor.bench.launch` starts it; else the group is not ours to end
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
 
 
 def _explain(error: Exception) -> dict[str, str | None]:

@@ -25,7 +25,7 @@ from albor.memory.estimate import Estimate
 from albor.memory.plan import MemoryPlan
 from albor.strictjson import from_json, read_bounded
 
-_LOCK = ".lock"  # held while a process trains in the directory; stays there, empty
+LOCK = ".lock"  # held while a process trains in the directory; stays there, empty
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -40,11 +40,11 @@ def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[bool]:
     Yields whether it does that: where the file system has no locks (NFS without a lock service), `warn` is
     told so and nothing is kept out.
     """
-    lock = directory / _LOCK
+    lock = directory / LOCK
     try:
         created = [path for path in (directory, directory.parent) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
-        claimed = _lock(lock)
+        claimed = lock_file(lock)
     except OSError as error:
         raise AlborError(f"runs_dir: {directory} cannot be used: {error.strerror}") from error
     if claimed is None:
@@ -67,10 +67,10 @@ def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[bool]:
 
 def has_begun(directory: Path) -> bool:
     """Whether a claimed directory holds anything of a run."""
-    return os.listdir(directory) != [_LOCK]
+    return os.listdir(directory) != [LOCK]
 
 
-def _lock(path: Path) -> tuple[int, str | None] | None:
+def lock_file(path: Path) -> tuple[int, str | None] | None:
     """The open file at `path`, and why it could not be locked, if so; None if another process has locked
     it.
     """

@@ -23,6 +23,7 @@ from albor import checkpoint
 from albor.checkpoint import Retention
 from albor.config import RunConfig
 from albor.errors import AlborError, CheckpointError, DiskFault
+from albor.memory.plan import MemoryPlan
 from albor.train.display import Display
 from albor.train.metrics import MetricsLog
 from albor.train.session import Session, checkpoint_bytes, checkpoint_tensors
@@ -270,7 +271,12 @@ def _most_checkpoints(config: RunConfig) -> int:
 
 def _size(session: Session) -> int:
     """Bytes of one checkpoint, as planned."""
-    return checkpoint_bytes(session.trainer.arena.plan) + _SMALL_FILES
+    return size_on_disk(session.trainer.arena.plan)
+
+
+def size_on_disk(plan: MemoryPlan) -> int:
+    """Bytes of one checkpoint of a run with this plan, with room for the small files."""
+    return checkpoint_bytes(plan) + _SMALL_FILES
 
 
 def _free(session: Session) -> int:

@@ -2,7 +2,8 @@
 
 Two runs of the real `albor train`, each command a process of its own: one that nothing disturbs, and one that
 is stopped in the middle of a step (through ALBOR_FAULT, see `albor.faults`) and started again. Then
-everything that the next step depends on is compared bit for bit. Nothing but the data cache and a temporary
+everything that the next step depends on is compared bit for bit. Where it differs, the first run is made once
+more: a machine that repeats nothing cannot resume anything either. Nothing but the data cache and a temporary
 directory below `runs_dir` is written to.
 """
 
@@ -15,10 +16,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,13 +36,20 @@ from albor.faults import VARIABLE
 from albor.memory.estimate import Estimate, check_fits
 from albor.progress import show_progress, signals_unwind
 from albor.runlog import EVENTS, METRICS, read_rows
+from albor.train.run_directory import LOCK, lock_file
+from albor.train.saver import size_on_disk
+from albor.units import format_bytes
 
 SignalName = Literal["kill", "term"]
 
-_UNINTERRUPTED, _STOPPED = "uninterrupted", "stopped"
+_UNINTERRUPTED, _STOPPED, _REPEATED = "uninterrupted", "stopped", "repeated"
 # What a row of metrics.jsonl says of the training, and not of the clock or the process.
 _LEARNED = ("tokens", "train/loss", "train/lr", "train/grad_norm", "train/epoch")
 _POLL_SECONDS = 0.1
+_TEMPORARY = ".verify-resume-"
+_ABANDONED_AFTER_SECONDS = 10.0  # covers the moment between the making of a directory and its lock
+_CHECKPOINTS = 4  # at a time: those of three runs, of which one replaces its own
+_KEPT_OUTPUT = 1 << 16  # bytes of a command's last words
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,9 @@ class Verification:
     stopped_in: int  # the step
     resumed_from: int
     comparisons: list[Comparison]
+    # Where the resumed run differs: whether two undisturbed ones are equal, and their first difference.
+    repeats: bool | None = None
+    repetition_differs: str | None = None
 
     @property
     def identical(self) -> bool:
@@ -102,6 +114,7 @@ def verify_resume(
     every = max(1, steps // 4)
     stopped_in = min(steps, 2 * every + 2)  # so that there is a step behind a checkpoint to be done again
     with signals_unwind(), _temporary_directory(Path(config.runs_dir)) as directory:
+        _check_room(directory, target)
         commands = _Commands(path, overrides, config, directory, steps, every, console)
         end = f"step.updated:{steps}:term"
         commands.run(_UNINTERRUPTED, end, Interrupted.exit_code)
@@ -116,8 +129,14 @@ def verify_resume(
                 "nothing was resumed; give more --steps"
             )
         comparisons = compare_runs(directory / _UNINTERRUPTED, stopped, steps)
-    signal_name = "SIGKILL" if how == "kill" else "SIGTERM"
-    return Verification(steps, every, signal_name, stopped_in, resumed[-1], comparisons)
+        signal_name = "SIGKILL" if how == "kill" else "SIGTERM"
+        found = Verification(steps, every, signal_name, stopped_in, resumed[-1], comparisons)
+        if found.identical:
+            return found
+        commands.run(_REPEATED, end, Interrupted.exit_code)
+        again = compare_runs(directory / _UNINTERRUPTED, directory / _REPEATED, steps)
+    differences = [f"{one.what}: {one.difference}" for one in again if one.difference]
+    return replace(found, repeats=not differences, repetition_differs=next(iter(differences), None))
 
 
 class _Commands:
@@ -153,17 +172,15 @@ class _Commands:
     def run(self, name: str, fault: str, code: int, stage: str | None = None) -> None:
         """Raises AlborError unless the command ends with `code`."""
         stage = stage or name
-        output = self._directory / f"{stage}.txt"
         self._console.out(f"{stage} run", highlight=False)
         with self._console.status(f"{stage}: starting") as status:
-            found = run_command(
+            found, output = run_command(
                 [*self._arguments, f"name={name}"],
                 {**os.environ, VARIABLE: fault},
-                output,
                 lambda: status.update(f"{stage}: step {self._steps_done(name)} of {self._steps}"),
             )
         if found != code:
-            tail = "\n".join(output.read_text(errors="replace").splitlines()[-15:])
+            tail = "\n".join(output.splitlines()[-15:])
             raise AlborError(f"the {stage} run ended with {found}, not with {code}; it said:\n{tail}")
 
     def _steps_done(self, name: str) -> int:
@@ -171,50 +188,92 @@ class _Commands:
 
 
 def run_command(
-    arguments: list[str], environment: dict[str, str], output: Path, while_it_runs: Callable[[], None]
-) -> int:
-    """Runs `albor train ARGUMENTS`, which never outlives this process's own end by an exception.
+    arguments: list[str], environment: dict[str, str], while_it_runs: Callable[[], None]
+) -> tuple[int, str]:
+    """Runs `albor train ARGUMENTS`, which does not outlive this process, however that ends.
 
-    Returns its exit code, or minus the number of the signal that ended it.
+    Returns its exit code, or minus the number of the signal that ended it, and its last words. They are kept
+    in memory: the disk may be what it fails of.
     """
-    command = [sys.executable, "-m", "albor", "train", *arguments]
-    with open(output, "wb") as file:
-        # A session of its own: a Ctrl-C that is typed is ours to deal with.
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
+    command = [sys.executable, "-m", "albor.child", str(os.getpid()), "train", *arguments]
+    # A session of its own: a Ctrl-C that is typed is ours to deal with.
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    output, pipe = bytearray(), process.stdout
+
+    def keep() -> None:
+        while part := os.read(pipe.fileno(), _KEPT_OUTPUT):
+            output.extend(part)
+            del output[:-_KEPT_OUTPUT]
+
+    reader = threading.Thread(target=keep, daemon=True)
+    reader.start()
+    try:
+        while process.poll() is None:
+            while_it_runs()
+            time.sleep(_POLL_SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join()  # nobody holds the pipe's other end any more
+        pipe.close()
+    return process.returncode, output.decode(errors="replace")
+
+
+def _check_room(directory: Path, target: Estimate) -> None:
+    """Raises AlborError where the disk does not take what will be written."""
+    needed, free = _CHECKPOINTS * size_on_disk(target.plan), shutil.disk_usage(directory).free
+    if free < needed:
+        raise AlborError(
+            f"verify-resume writes {_CHECKPOINTS} checkpoints, {format_bytes(needed)} together, and on the "
+            f"disk of {directory.parent} {format_bytes(free)} are free; free some, or move runs_dir"
         )
-        try:
-            while process.poll() is None:
-                while_it_runs()
-                time.sleep(_POLL_SECONDS)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return process.returncode
 
 
 @contextmanager
 def _temporary_directory(runs_dir: Path) -> Iterator[Path]:
-    """A directory below `runs_dir`, on the disk that the run's own checkpoints will lie on."""
+    """A directory below `runs_dir`, on the disk that the run's own checkpoints will lie on. It is locked, and
+    those that killed commands have left are removed.
+    """
     try:
         created = [folder for folder in (runs_dir, *runs_dir.parents) if not folder.exists()]
         runs_dir.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=".verify-resume-", dir=runs_dir))
+        _remove_abandoned(runs_dir)
+        directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=runs_dir))
+        locked = lock_file(directory / LOCK)
     except OSError as error:
         raise AlborError(f"runs_dir: {runs_dir} cannot be used: {error.strerror}") from error
     try:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        if locked is not None:
+            os.close(locked[0])
         with suppress(OSError):
             for folder in created:
                 folder.rmdir()
+
+
+def _remove_abandoned(runs_dir: Path) -> None:
+    for directory in runs_dir.glob(f"{_TEMPORARY}*/"):
+        with suppress(OSError):  # another process has just removed it
+            if time.time() - directory.stat().st_mtime < _ABANDONED_AFTER_SECONDS:
+                continue
+            locked = lock_file(directory / LOCK)
+            if locked is None:
+                continue  # its command lives
+            handle, refusal = locked
+            if not refusal:
+                shutil.rmtree(directory, ignore_errors=True)
+            os.close(handle)
 
 
 def compare_runs(uninterrupted: Path, resumed: Path, step: int) -> list[Comparison]:
@@ -295,5 +354,13 @@ def print_verification(found: Verification, console: Console) -> None:
         if comparison.difference:
             lines.append(f"    {comparison.difference}")
     verdict = "identical, bit for bit" if found.identical else "NOT the run that was never stopped"
-    for line in [*lines, "", f"the resumed run: {verdict}"]:
+    lines += ["", f"the resumed run: {verdict}"]
+    if found.repeats:
+        lines.append("two undisturbed runs are equal: it is the resume that is not exact, which is a bug")
+    elif not found.identical:
+        lines += [
+            "two undisturbed runs differ as well: this machine does not repeat a run, however it is resumed",
+            f"    {found.repetition_differs}",
+        ]
+    for line in lines:
         console.out(line, highlight=False)

@@ -445,6 +445,23 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(shards, failures, pauses,
     assert sum(slept) < 2
 
 
+def test_without_trying_again_a_moment_ends_the_run(shards, monkeypatch):
+    """The guard dropped: one read that fails is an error."""
+    stream, read, failed = TokenStream.open(shards), os.pread, []
+
+    def failing(*arguments):
+        if not failed:
+            failed.append(arguments)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "pread", failing)
+    monkeypatch.setattr(shards_module, "_READ_PAUSES", ())
+    with pytest.raises(DataError, match=r"tokens-00000\.npy cannot be read: Input/output error"):
+        stream.read(0, 100)
+    assert len(stream.read(0, 100)) == 100
+
+
 def test_a_file_that_cannot_be_hashed_is_named(shards, monkeypatch):
     def failing(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))

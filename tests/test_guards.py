@@ -156,6 +156,13 @@ DROPS: dict[str, Drop] = {
         {"point": "save.begin", "number": errno.ENOSPC},
         r"\(1, 1\) == \(0, 3\)",
     ),
+    "the pauses of a stopped run are few": Drop(
+        5,
+        without(Saver._try_to_write, "math.inf if asked is None else _STOPPING", "math.inf"),
+        test_disk.test_the_pauses_of_a_run_that_was_stopped_before_are_bounded,
+        {},
+        "8.0, 16.0",
+    ),
     # 6: what is not what was saved
     "every file's hash is compared": Drop(
         6, without(VERIFY, "if hashed and _sha256(path / name) != expected.sha256:"), DAMAGE, {}, "at \\d+ of"
@@ -194,6 +201,13 @@ DROPS: dict[str, Drop] = {
         test_preemption.test_the_margin_is_two_of_the_longest_saves_and_the_longest_step,
         {},
         r"2 \* 250",
+    ),
+    "a save in the background has its own time": Drop(
+        9,
+        without(TimeLimit.set, "3 if config.checkpoint.background else 2", "2"),
+        test_preemption.test_a_save_in_the_background_may_be_under_way,
+        {},
+        r"3 \* 250",
     ),
     # 10: a skipped step
     "a skipped step leaves the weights": Drop(
@@ -285,7 +299,11 @@ ELSEWHERE: dict[str, tuple[int, Test]] = {
     "the room is looked at first": (
         5, test_disk.test_a_run_without_room_for_two_checkpoints_does_not_begin,
     ),
+    "a signal in an attempt is heeded": (5, test_disk.test_a_signal_in_an_attempt_leaves_one_more),
     "a monotonic clock": (9, test_preemption.test_a_jump_of_the_clock_is_no_reason_to_stop),
+    "a read that fails is tried again": (
+        14, test_data_shards.test_without_trying_again_a_moment_ends_the_run,
+    ),
     "a shard's hash is compared": (15, test_data_shards.test_without_its_guard_damage_would_be_read),
     "ids are compared when they are read": (
         16, test_data_shards.test_without_its_guard_damage_would_be_read,
@@ -297,6 +315,9 @@ ELSEWHERE: dict[str, tuple[int, Test]] = {
         17, test_hostile_input.test_another_tokenizer_than_the_checkpoints_is_refused,
     ),
     "the table's refusals": (18, test_resume_policy.test_what_is_refused_would_make_another_run),
+    "auto takes no GPU's run to the CPU": (
+        18, test_resume_policy.test_a_gpus_run_goes_on_on_the_cpu_only_where_that_is_written,
+    ),
     "the number of values is bounded": (19, test_hostile_input.test_without_its_guard_it_would_explode),
     "the depth is bounded": (19, test_hostile_input.test_without_its_guard_it_would_explode),
     "the loss is averaged over the whole batch": (20, test_faults.test_row_20),
@@ -319,6 +340,9 @@ ELSEWHERE: dict[str, tuple[int, Test]] = {
     "nothing is unpickled": (26, test_hostile_checkpoint.test_the_payload_runs_where_it_is_unpickled),
     "the depth of JSON is bounded": (
         26, test_hostile_checkpoint.test_without_the_bound_deep_json_is_no_value_error,
+    ),
+    "a checkpoint's tokenizer is the data's": (
+        26, test_hostile_checkpoint.test_a_tokenizer_that_is_not_the_datas,
     ),
     "shapes and memory are looked at first": (
         26,

@@ -20,7 +20,7 @@ ROWS = (
         "__init__", "errors", "units", "seeds", "progress", "faults", "strictjson", "alerts", "spikes",
         "durable", "runlog", "build", "parent", "kernels",
     ),
-    ("yamlcore", "config", "configfile", "architecture", "metric_names", "floor"),
+    ("yamlcore", "config", "configfile", "architecture", "metric_names", "floor", "gguffile"),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
         "memory.cards", "memory.nvml", "memory.host", "memory.pytorch",

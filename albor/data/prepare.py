@@ -18,6 +18,7 @@ from typing import Any
 
 from albor.config import FilesSource, PythonStdlibSource, RunConfig, Source
 from albor.data.cache import Cache, digest
+from albor.data.sentencepiece_encoder import RECIPE
 from albor.data.shards import FORMAT, ShardWriter, TokenStream
 from albor.data.sources import (
     NOT_LOSSLESS,
@@ -27,7 +28,7 @@ from albor.data.sources import (
     list_files,
     read_documents,
 )
-from albor.data.tokenizer import RECIPE, Tokenizer, sample_text
+from albor.data.tokenizer import Tokenizer, sample_text
 from albor.errors import ConfigError, DataError, Problem
 
 Progress = Callable[

@@ -11,7 +11,7 @@ from albor import checkpoint
 from albor.architecture import Architecture
 from albor.config import RunConfig
 from albor.configfile import load_config
-from albor.data.tokenizer import Tokenizer
+from albor.data.tokenizer import FILES, Tokenizer
 from albor.errors import CheckpointError, DoesNotFit
 from albor.manifest import Manifest
 from albor.memory.arena import Arena
@@ -21,7 +21,7 @@ from albor.model.parameters import named_tensors
 from albor.model.transformer import Transformer
 from albor.units import format_bytes
 
-_CONFIG, _TOKENIZER, _WEIGHTS = "config.yaml", "tokenizer.model", "weights"
+_CONFIG, _WEIGHTS = "config.yaml", "weights"
 
 
 class Loaded(NamedTuple):
@@ -49,15 +49,22 @@ def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "aut
 
 
 def load_checkpoint(
-    directory: Path, place: Literal["cuda", "cpu"], batch: int = 0, dtype: str | None = None
+    directory: Path,
+    place: Literal["cuda", "cpu"],
+    batch: int = 0,
+    dtype: str | None = None,
+    scored_tokens: int = 0,
 ) -> Loaded:
     """`load_for_inference` of this one checkpoint; `dtype` is what to compute in, None: as it was trained.
 
-    Raises DamagedCheckpoint where it does not verify.
+    With `scored_tokens` the sequences to evaluate may be as long as the context, whatever it was trained on,
+    and there is memory for so many tokens of them at a time, or for one sequence; no document borders are
+    looked at. Raises DamagedCheckpoint where it does not verify.
     """
     manifest = checkpoint.verify(directory, tensors=False)
     config = load_config(directory / _CONFIG)
-    tokenizer = Tokenizer.load(directory / _TOKENIZER)
+    kind = config.tokenizer.kind
+    tokenizer = Tokenizer.load(directory / FILES[kind], kind)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, and the model only "
@@ -68,12 +75,18 @@ def load_checkpoint(
     architecture = Architecture.from_config(config.model)
     # Both before anything is allocated: the configuration may be a stranger's.
     _check_shapes(directory, manifest, architecture)
-    plan = plan_inference(config, place, dtype or compute_dtype(precision, place), batch)
+    shapes = config
+    if scored_tokens:
+        length = config.model.max_position_embeddings
+        batch = max(1, scored_tokens // length)
+        data = config.data.model_copy(update={"sequence_length": length, "document_mask": False})
+        shapes = config.model_copy(update={"data": data})
+    plan = plan_inference(shapes, place, dtype or compute_dtype(precision, place), batch)
     _check_fits(directory, plan, place)
     arena = Arena(plan, place)
     weights = named_tensors(arena["weights"], architecture)
     checkpoint.load(directory, {_WEIGHTS: weights}, partial=True, convert=True)
-    return Loaded(config, Transformer(architecture, arena, config.data.sequence_length), tokenizer, arena)
+    return Loaded(config, Transformer(architecture, arena, shapes.data.sequence_length), tokenizer, arena)
 
 
 def _check_shapes(directory: Path, manifest: Manifest, architecture: Architecture) -> None:

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from albor.config import DivergenceConfig
 from albor.configfile import load_config
+from albor.data.tokenizer import Tokenizer
 from albor.errors import DamagedCheckpoint
 from albor.manifest import MANIFEST, STATE, Manifest
 from albor.strictjson import read_bounded
 from albor.train.guard import GuardState
 from albor.train.step import TrainState
 
-CONFIG, TOKENIZER = "config.yaml", "tokenizer.model"  # files of a checkpoint
+CONFIG = "config.yaml"  # a file of a checkpoint
 
 
 class Saved(NamedTuple):
@@ -57,17 +58,17 @@ def read_saved(saved: Mapping[str, Any], source: Path, policy: DivergenceConfig)
     return Saved(position, replace(state, guard=_within(state.guard, step, policy)), best)
 
 
-def check_tokenizer(source: Path, model: bytes) -> None:
-    """The checkpoint's tokenizer is the one whose file is `model`, where its data are known to be the run's.
+def check_tokenizer(source: Path, tokenizer: Tokenizer) -> None:
+    """The checkpoint's tokenizer is `tokenizer`, where its data are known to be the run's.
 
     Raises DamagedCheckpoint.
     """
-    path = source / TOKENIZER
+    path = source / tokenizer.file_name
     try:
         found = path.read_bytes()
     except OSError as error:
         raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
-    if found != model:
+    if found != tokenizer.model:
         raise DamagedCheckpoint(f"{path}: it is not the tokenizer of the data that the checkpoint names")
 
 

@@ -26,7 +26,7 @@ from albor.runlog import EVENTS, read_rows
 from albor.train.guard import GuardState, rolled_back
 from albor.train.resume_policy import Change, changes_on_resume
 from albor.train.run_directory import run_directory
-from albor.train.saved import CONFIG, TOKENIZER, check_tokenizer, read_saved
+from albor.train.saved import CONFIG, check_tokenizer, read_saved
 from albor.train.step import Batch, Trainer, TrainState
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ class Session:
         """The files that make a checkpoint self-describing."""
         return {
             CONFIG: dump_config(self.config).encode(),
-            TOKENIZER: self.data.tokenizer.model,
+            self.data.tokenizer.file_name: self.data.tokenizer.model,
         }
 
 
@@ -277,7 +277,7 @@ def open_session(
         saved = fill_from(trainer, source)
         if saved.get("data_sha256") != data.sha256:
             raise DataError(_explain_other_data(config, source, data))
-        check_tokenizer(source, data.tokenizer.model)
+        check_tokenizer(source, data.tokenizer)
         position, state, best = read_saved(saved, source, config.divergence)
         try:
             loader = Loader(*loader_arguments, state=position)
@@ -290,7 +290,7 @@ def open_session(
 
 
 def _explain_other_data(config: RunConfig, source: Path, data: PreparedData) -> str:
-    saved = source / TOKENIZER
+    saved = source / data.tokenizer.file_name
     # One that is trained on the data is another one when these are.
     given = config.tokenizer.path is not None
     if given and not (saved.is_file() and saved.read_bytes() == data.tokenizer.model):

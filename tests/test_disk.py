@@ -422,7 +422,7 @@ def test_every_so_many_are_kept_for_good(config: Path):
 
 BEST = ("checkpoint.keep_best=true", "checkpoint.keep_last=1", "evaluate.every_steps=2")
 # Learns, and then unlearns: the best is in the middle.
-WORSE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=0.1")
+WORSE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=0.3")
 
 
 def best(run: Path) -> dict[str, Any]:

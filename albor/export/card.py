@@ -6,10 +6,10 @@ Paths of this machine stay out of it.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ Loss = list[tuple[int, float]]  # (tokens, loss)
 def write_card(source: Source, directory: Path, format_name: str, dtype: str) -> None:
     """Writes README.md to `directory`, and loss.png where there is a loss to draw and matplotlib to do it."""
     training, validation = _losses(source, "train/loss"), _losses(source, "val/loss")
-    picture = bool(training or validation) and importlib.util.find_spec("matplotlib") is not None
+    picture = bool(training or validation) and find_spec("matplotlib") is not None
     if picture:
         write_file(directory / PICTURE, _draw(training, validation))
     sections = (
@@ -72,8 +72,7 @@ def _introduction(source: Source, format_name: str, dtype: str) -> list[str]:
     return [
         f"# {source.config.name}",
         "",
-        f"A Llama-style language model of {_count(model.parameter_count)} parameters, which "
-        f"[albor](https://pypi.org/project/albor/) {__version__} trained on "
+        f"A Llama-style language model of {_count(model.parameter_count)} parameters, trained with albor on "
         f"{_count(source.state['tokens'])} tokens. It is a base model: it goes on with a text, and was not "
         "taught to follow instructions.",
         "",
@@ -162,7 +161,19 @@ def _training(source: Source) -> list[str]:
     ]
     start = getattr(config.model, "init_from", None)
     rows.append(("Began with", "random weights" if start is None else f"the weights of {Path(start).name}"))
+    if device := _environment(source).get("device"):
+        rows.append(("Device", str(device)))
+    rows.append(("Exported with", f"albor {__version__}"))
     return ["## Training", "", *_table(("", ""), rows)]
+
+
+def _environment(source: Source) -> dict[str, Any]:
+    """What the run recorded of the machine that trained it; nothing where that is gone."""
+    try:
+        content = from_json(read_bounded(source.run / "env.json"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _data(source: Source) -> list[str]:
@@ -226,8 +237,10 @@ def _loss(training: Loss, validation: Loss, picture: bool) -> list[str]:
             "",
         ]
     held_out = dict(validation)
-    tokens = _evenly(sorted({t for t, _ in training} | held_out.keys()), _TABLE_ROWS)
     learned = dict(training)
+    tokens = _evenly(
+        sorted(held_out.keys() & learned.keys() or learned.keys() | held_out.keys()), _TABLE_ROWS
+    )
     rows = [
         (f"{t:,}", *(f"{part[t]:.4f}" if t in part else "" for part in (learned, held_out))) for t in tokens
     ]

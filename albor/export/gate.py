@@ -7,21 +7,25 @@ can be tight enough for a wrong epsilon, a wrong rotary base or a permuted row t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from albor import __version__
 from albor.data.tokenizer import Tokenizer
+from albor.export.rounding import Before, log_softmax, look_before, spread
 from albor.generate.load import Loaded
 from albor.model.decode import Decoder
 
 GREEDY_TOKENS = 64
 _LONGEST_PROBE = 256  # tokens of a sequence whose logits are compared
+_ASKED_POSITIONS = 16  # of such a sequence, where a program gives them one by one
+_MOST_PERPLEXITY = 2.0  # times the one before: what rounding may do to a model that is still the same one
 _PROMPT_TOKENS = 8
 _FAVOUR = 1.0e4
 _LONGEST_REASON = 300
@@ -92,6 +96,22 @@ class Runtime(Protocol):
         """Gives back memory, files and processes."""
 
 
+@runtime_checkable
+class AnswersByPosition(Protocol):
+    """A runtime that is asked for each position's logits, so that all of them would take too long."""
+
+    def logits_at(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+        """`Runtime.logits` at these positions: (P, V) float32. A row may be off by a constant."""
+
+
+@runtime_checkable
+class ComputesAsStored(Protocol):
+    """A runtime that users let compute in less than fp32, while `Runtime.logits` are in fp32 to be compared."""
+
+    def stored_logits_at(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+        """`AnswersByPosition.logits_at`, computed as users let it."""
+
+
 class AlborRuntime:
     """albor itself, over the weights that are in the arena at the time of a call."""
 
@@ -132,12 +152,18 @@ class AlborRuntime:
     def close(self) -> None:
         """See `Runtime`."""
 
+    def look_before(self) -> Before:
+        """What the model thinks now, before its weights are rounded."""
+        return look_before(self._decoder, self.tokenizer.end_of_document_id, self.tokenizer.vocab_size)
+
 
 @dataclass(frozen=True)
 class Tolerance:
     """How far a program's logits may be from albor's, and why so far."""
 
-    logits: float  # largest |difference| / largest |logit of albor's|, over all positions and tokens
+    # Largest |difference| / largest |logit of albor's|, over all positions and tokens; log-probabilities
+    # instead of logits for a program that gives no more than these (AnswersByPosition).
+    logits: float
     reason: str  # shown with the table
 
 
@@ -247,18 +273,25 @@ def _compare_tokens(own: AlborRuntime, runtime: Runtime, context: int, tolerance
 def _compare_logits(own: AlborRuntime, runtime: Runtime, context: int, tolerance: Tolerance) -> Finding:
     worst, where, positions = 0.0, "", 0
     for name, tokens in _probes(own, context):
-        ours, theirs = own.logits(tokens), np.asarray(runtime.logits(tokens), dtype=np.float32)
-        positions += len(tokens)
+        ours = own.logits(tokens)
+        if isinstance(runtime, AnswersByPosition):
+            asked = spread(len(tokens), _ASKED_POSITIONS)
+            ours, theirs = ours[asked], np.asarray(runtime.logits_at(tokens, asked), dtype=np.float32)
+        else:
+            asked, theirs = list(range(len(tokens))), np.asarray(runtime.logits(tokens), dtype=np.float32)
+        positions += len(asked)
         if ours.shape != theirs.shape:
             return name, f"{list(theirs.shape)} logits instead of {list(ours.shape)}", False
         if not np.isfinite(ours).all():
             return name, "albor's own are NaN or infinite: the weights are damaged", False
         if not np.isfinite(theirs).all():
             return name, "some are NaN or infinite", False
+        if isinstance(runtime, AnswersByPosition):
+            ours, theirs = log_softmax(ours), log_softmax(theirs)
         difference = np.abs(ours - theirs) / np.abs(ours).max()
         if difference.max() >= worst:
-            position, token = np.unravel_index(difference.argmax(), difference.shape)
-            worst, where = float(difference.max()), f"{name}, position {position}, token {token}"
+            row, token = np.unravel_index(difference.argmax(), difference.shape)
+            worst, where = float(difference.max()), f"{name}, position {asked[row]}, token {token}"
     found = f"at most {worst:.1e} of the largest apart ({tolerance.logits:.0e} allowed)"
     passed = worst <= tolerance.logits
     return f"{positions} positions", found if passed else f"{found}: {where}", passed
@@ -321,6 +354,8 @@ def _gap(own: AlborRuntime, tokens: list[int], theirs: int | None) -> float:
     """By how much albor prefers its own next token to `theirs`, or, for None, to any that stops, as a share
     of the largest logit.
     """
+    if theirs is not None and theirs >= own.tokenizer.vocab_size:
+        return math.inf  # nothing is written with it, however likely it is
     logits = own.logits(tokens)[-1]
     other = max(logits[token] for token in own.stop_ids) if theirs is None else logits[theirs]
     return float((logits[: own.tokenizer.vocab_size].max() - other) / np.abs(logits).max())

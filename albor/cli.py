@@ -508,7 +508,7 @@ def export(
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help="bf16, fp16 or fp32; for gguf also its own, such as q8_0. [default: what the run was trained in]",
+            help="bf16, fp16 or fp32; for gguf also its own, such as q8_0. [default: as the run]",
             show_default=False,
         ),
     ] = None,

@@ -34,6 +34,8 @@ MADE = (
     "eval/",
     "corpus/",
 )  # what a run writes or reads, not the repository
+# Of files whose names look like dotted keys: model.safetensors, tokenizer.model
+SUFFIXES = ("json", "jsonl", "md", "py", "yaml", "resolved", "safetensors", "model")
 
 
 def every_page(test):
@@ -148,7 +150,12 @@ def commands() -> Iterator[tuple[str, set[str]]]:
         if not (words and inner):
             yield (
                 words,
-                {option for parameter in command.params for option in parameter.opts} | {"-h", "--help"},
+                {
+                    option
+                    for parameter in command.params
+                    for option in (*parameter.opts, *parameter.secondary_opts)
+                }
+                | {"-h", "--help"},
             )
 
 
@@ -203,7 +210,7 @@ def test_configuration_keys_exist(page: Path):
         *(part for span in spans(page) for part in span.split() if "=" in part),
     ]:
         key = re.match(r"([a-z_]+)\.([a-z_]+)(?![\w.(])", word)
-        if key and key[1] in sections and key[2] not in ("json", "jsonl", "md", "py", "yaml", "resolved"):
+        if key and key[1] in sections and key[2] not in SUFFIXES:
             assert key[0] in known, f"there is no key {key[0]}"
 
 

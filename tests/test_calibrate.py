@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -453,6 +455,36 @@ def test_a_measurement_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_
         run.calibrate("cpu", lambda stage: None)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_measurement_ends_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    environment = ENVIRONMENT | {"ALBOR_CALIBRATION": str(tmp_path / "calibration.json")}
+    process = start(tmp_path, "calibrate", "--device", "cpu", env=environment)
+    try:
+        assert process.stdout is not None
+        assert "libraries" in process.stdout.readline()  # in the midst of it
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    if number != signal.SIGKILL:  # of which nobody can say anything
+        assert process.returncode == 128 + number
+        assert said == "albor: interrupted; there is nothing to save\n"
+    deadline = time.monotonic() + 20
+    while _lives(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _lives(child)
+    assert not (tmp_path / "calibration.json").exists()
+
+
+def _lives(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

@@ -1,7 +1,7 @@
-"""The measurement itself, in a process of its own: `python -m albor.calibrate.measure cuda|cpu`.
+"""The measurement itself, in a process of its own: `python -m albor.calibrate.measure cuda|cpu PARENT`.
 
 A process is measured from its first byte on, and what a driver or a library once took it keeps until the
-process ends. On standard output is a line of JSON for every stage, and at last what was measured.
+process ends; it ends with the process PARENT. On standard output is a line of JSON for every stage, and at last what was measured.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from albor.memory.outside import graph_nodes, outside_items
 from albor.memory.plan import MemoryPlan, plan_training
 from albor.memory.process import CardProcess, peak_resident, resident
 from albor.memory.pytorch import pin_cublas_workspace
+from albor.parent import end_with
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ MEASURES = {"cuda": measure_card, "cpu": measure_host}
 
 
 def main() -> None:
-    """Measures what the first argument names."""
+    """Measures what the first argument names, for as long as the process of the second lives."""
+    end_with(int(sys.argv[2]))
 
     def say(stage: str) -> None:
         print(json.dumps({"stage": stage}), flush=True)

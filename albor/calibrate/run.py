@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +31,7 @@ from albor.memory.calibration import (
 )
 from albor.memory.cards import Hardware
 from albor.memory.nvml import installed_gpu
+from albor.progress import signals_unwind
 from albor.strictjson import to_json
 from albor.units import format_bytes
 
@@ -52,11 +56,12 @@ def calibrate(device: Literal["auto", "cuda", "cpu"], say: Callable[[str], None]
     """Measures this machine and stores the row. `say` is told of every stage.
 
     Raises AlborError where there is no such device, where the measurement fails, and where the row cannot be
-    stored; what was stored before then stays.
+    stored; what was stored before then stays. SIGTERM and SIGHUP end it as Ctrl-C does.
     """
     started, path = time.perf_counter(), calibration_path()
     card = None if device == "cpu" else _card(required=device == "cuda")
-    measured = _measure("cpu" if card is None else "cuda", say)
+    with signals_unwind():
+        measured = _measure("cpu" if card is None else "cuda", say)
     here = Software.installed()
     if here.torch is None:
         raise AlborError("torch is not installed as a package: its version cannot be told")
@@ -91,11 +96,12 @@ def _card(*, required: bool) -> str | None:
 
 
 def _measure(device: str, say: Callable[[str], None]) -> Measured:
-    command = [sys.executable, "-P", "-m", "albor.calibrate.measure", device]
+    command = [sys.executable, "-P", "-m", "albor.calibrate.measure", device, str(os.getpid())]
     try:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,  # a Ctrl-C that is typed is ours to deal with, and its workers end with it
+        )  # fmt: skip
     except OSError as error:
         raise AlborError(f"Python cannot be started: {error}") from error
     errors: deque[str] = deque(maxlen=_LAST_LINES)
@@ -128,7 +134,8 @@ def _measure(device: str, say: Callable[[str], None]) -> Measured:
     except subprocess.TimeoutExpired:
         raise AlborError(f"the measurement took more than {_SECONDS} s and was ended") from None
     finally:
-        child.kill()  # it has no business without us
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # it has no business without us
         child.wait()
     for thread in listeners:
         thread.join()

@@ -1,7 +1,8 @@
 """The measurement itself, in a process of its own: `python -m albor.calibrate.measure cuda|cpu PARENT`.
 
 A process is measured from its first byte on, and what a driver or a library once took it keeps until the
-process ends; it ends with the process PARENT. On standard output is a line of JSON for every stage, and at last what was measured.
+process ends; it ends with the process PARENT. On standard output is a line of JSON for every stage, and at
+last what was measured.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _measure(device: str, say: Callable[[str], None]) -> Measured:
     try:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,  # a Ctrl-C that is typed is ours to deal with, and its workers end with it
+            start_new_session=True,  # a Ctrl-C that is typed is ours to deal with; its workers end with it
         )  # fmt: skip
     except OSError as error:
         raise AlborError(f"Python cannot be started: {error}") from error

@@ -392,6 +392,36 @@ def test_the_card_says_what_the_run_recorded(text: str, config: Path):
     assert str(config.parent) not in text, "a path of this machine"
 
 
+def test_the_card_has_what_albor_eval_stored_of_this_step(run: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    found = {
+        "step": 24,
+        "limit": None,
+        "results": {
+            "piqa": {"acc": {"value": 0.625, "stderr": 0.0112}, "items": 1838, "chance": 0.5},
+            "lambada_openai": {"perplexity": {"value": 30.5, "stderr": None}, "items": 5153},
+        },
+    }
+    for name, content in {
+        "all-step-00000024": found,
+        "all-step-00000020": found
+        | {"step": 20, "results": {"boolq": {"acc": {"value": 1.0, "stderr": None}}}},
+        "piqa-first-9": found | {"limit": 9, "results": {"piqa": {"acc": {"value": 0.1, "stderr": None}}}},
+        "text-x": {"step": 24, "text": {"path": "/home/somebody/x.txt", "bits_per_byte": 1.25}},
+    }.items():
+        (copy / "eval" / f"{name}.json").write_text(json.dumps(content))
+    (copy / "eval" / "damaged.json").write_text('{"step": 24,')
+    assert export(copy, "--to", "hf", "--out", tmp_path / "out", "--no-check").code == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    for row in (
+        "| piqa | acc | 62.50% ± 1.12% |", "| lambada_openai | perplexity | 30.50 |",
+        "| piqa, its first 9 items only | acc | 10.00% |", "| x.txt | bits per byte | 1.2500 |",
+    ):  # fmt: skip
+        assert row in text, row
+    assert "boolq" not in text, "it was measured on another checkpoint"
+    assert "somebody" not in text
+
+
 def test_the_picture_is_one(run: Path, tmp_path: Path):
     pytest.importorskip("matplotlib")
     assert export(run, "--to", "hf", "--out", tmp_path / "out", "--no-check").code == 0

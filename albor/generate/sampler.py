@@ -43,7 +43,7 @@ def sample(
     that have that share of the probability, and one at least. None keeps all; of equal logits the lower id
     comes first. Arithmetic is in float64. Raises NotFinite where a logit is NaN or infinite.
     """
-    scores = logits.to("cpu", torch.float64).numpy()
+    scores: np.ndarray = (logits if logits.dtype == torch.float64 else logits.float()).cpu().numpy()
     if not np.isfinite(scores).all():
         token = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise NotFinite(
@@ -52,6 +52,7 @@ def sample(
         )
     if temperature == 0:
         return int(scores.argmax())
+    scores = scores.astype(np.float64)
     tokens = np.arange(scores.size)
     if top_k is not None and top_k < scores.size:  # the k likeliest and what equals them: far fewer to sort
         tokens = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])

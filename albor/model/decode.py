@@ -10,6 +10,7 @@ import torch
 from albor.errors import AlborError
 from albor.memory.arena import Arena
 from albor.model.activations import Activations
+from albor.model.single_token import SingleToken
 from albor.model.transformer import Transformer
 
 
@@ -36,10 +37,19 @@ class Decoder:
         self._caches = arena["sample.cache"].unbind()  # one (2, K, S, D) per layer
         self._ops = replace(model.ops, scores=arena["sample.scores"])
         self._single = self._activations(1)
+        # oneDNN, which multiplies in half precision, takes longer to be called than a row takes it.
+        wide = arena["weights"].dtype in (torch.float32, torch.float64)
+        self._one = SingleToken(model, arena) if arena.device.type == "cpu" and wide else None
 
     def reset(self) -> None:
         """Forgets the sequence."""
         self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Forgets what was read after the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"{self.length} tokens are read, and {length} of them cannot be kept")
+        self.length = length
 
     def feed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends `tokens` (n,) int64 to the sequence; returns the logits (V,) of what follows the last one.
@@ -47,9 +57,20 @@ class Decoder:
         The logits are in the compute dtype and in the arena: the next call overwrites them. Raises
         ContextFull, with nothing read, where the model has too few positions, and ValueError without a token.
         """
+        if self._one is not None and tokens.shape[0] == 1:
+            return self.feed_one(int(tokens[0]))
         *_, a = self._read_all(tokens)
         self._project(a, slice(-1, None), self.arena["sample.logits"])
         return self.arena["sample.logits"][0]
+
+    def feed_one(self, token: int) -> torch.Tensor:
+        """`feed` of one token, which needs no tensor for it."""
+        if self._one is None:
+            return self.feed(torch.tensor([token]))
+        self._make_room(1)
+        logits = self._one.read(token, self.length)
+        self.length += 1
+        return logits
 
     def feed_for_each(self, tokens: torch.Tensor) -> torch.Tensor:
         """`feed`, but returns the logits (n, V) of what follows each of `tokens`, in memory of their own."""
@@ -63,9 +84,14 @@ class Decoder:
 
     def _read_all(self, tokens: torch.Tensor) -> Iterator[Activations]:
         """Checks and reads `tokens`, a chunk at a time; what comes out of a chunk's last block is given."""
-        count = tokens.shape[0]
-        if count == 0:
+        if tokens.shape[0] == 0:
             raise ValueError("there are no logits without a token to follow")
+        self._make_room(tokens.shape[0])
+        for chunk in tokens.to(self.arena.device).split(self._chunk):
+            yield self._read(chunk)
+
+    def _make_room(self, count: int) -> None:
+        """Raises ContextFull where `count` more tokens are too many; the phase begins with the first."""
         if self.length + count > self.context:
             raise ContextFull(
                 f"{self.length + count} tokens do not fit the model's context of {self.context} "
@@ -73,8 +99,6 @@ class Decoder:
             )
         if self.length == 0:
             self.arena.enter("sample")
-        for chunk in tokens.to(self.arena.device).split(self._chunk):
-            yield self._read(chunk)
 
     def _project(self, a: Activations, rows: slice, logits: torch.Tensor) -> None:
         """The logits of these rows of a chunk: final norm and projection to the vocabulary."""

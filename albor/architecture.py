@@ -182,7 +182,7 @@ class Architecture:
 
 @lru_cache(maxsize=16)  # its tables take longer to make than a plan, and many plans are for one model
 def _architecture(model: ModelConfig) -> Architecture:
-    values = model.model_dump()
+    values = model.model_dump(exclude={"init_from"})
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
     return Architecture(**values)

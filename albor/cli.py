@@ -414,6 +414,30 @@ def tokenizer_train(config: ConfigPath, overrides: Overrides = None) -> None:
     print(path)
 
 
+@app.command("init-from")
+def init_from(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face directory or a GGUF file of a Llama.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Print the sections of a configuration that begins with the weights of an existing model.
+
+    \b
+    albor init-from SmolLM2-135M
+    albor init-from SmolLM2-135M-Instruct.Q4_1.gguf > my.yaml
+
+    Nothing is changed but what is printed: add data and train, and give both to albor train.
+    """
+    from albor.pretrained.source import describe
+
+    print(describe(model), end="")
+
+
 @tokenizer_app.command("inspect")
 def tokenizer_inspect(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what the tokenizer makes of the configuration's data: bytes per token, longest pieces.

@@ -52,16 +52,27 @@ class ModelConfig(Section):
         description="Standard deviation of the initial weights; the two projections that write to the "
         "residual stream get this divided by sqrt(2 * num_hidden_layers).",
     )
+    init_from: Text | None = Field(
+        None,
+        description="Begin with the weights of a Llama that exists already: a Hugging Face directory "
+        "(config.json and safetensors) or a GGUF file. The keys above must be that model's, and "
+        "tokenizer.path its tokenizer: `albor init-from` prints both. It is read when the run begins, and "
+        "no more when it goes on. null: random weights.",
+    )
 
 
 class TokenizerConfig(Section):
     """Where the tokenizer comes from."""
 
-    kind: Literal["sentencepiece"] = Field(
-        "sentencepiece", description="SentencePiece BPE with byte fallback."
+    kind: Literal["sentencepiece", "hf"] = Field(
+        "sentencepiece",
+        description="sentencepiece: a BPE with byte fallback; hf: a lossless tokenizer.json, such as GPT-2's "
+        "byte-level BPE (needs the `hf` extra).",
     )
     path: Text | None = Field(
-        None, description="A SentencePiece .model file to use as it is; null: train one on the data."
+        None,
+        description="A file to use as it is: a SentencePiece .model file; for hf a tokenizer.json, a "
+        "directory with one, or a GGUF file. null: train one on the data, which hf cannot.",
     )
     sample_bytes: Bytes = Field(
         200_000_000,
@@ -496,6 +507,19 @@ def check_algebra(config: RunConfig) -> list[Problem]:
         refuse(
             "model.vocab_size", f"{model.vocab_size} token ids do not fit 32 bits", "use at most 2147483648"
         )
+    if config.tokenizer.path is None:
+        if config.tokenizer.kind == "hf":
+            refuse(
+                "tokenizer.path tokenizer.kind",
+                "is null, and a tokenizer of kind hf is not trained here",
+                "give a tokenizer.json or its directory, or set tokenizer.kind to sentencepiece",
+            )
+        elif model.init_from is not None:
+            refuse(
+                "tokenizer.path model.init_from",
+                "is null, and the weights of model.init_from know the tokens of no new tokenizer",
+                "give the model's own; albor init-from prints it",
+            )
     if len(set(config.evaluate.prompts)) != len(config.evaluate.prompts):
         refuse("evaluate.prompts", "a prompt stands there twice", "remove one")
     micro_batch = train.micro_batch_size * data.sequence_length

@@ -5,7 +5,9 @@ Source: the GGUF specification in ggml's docs/gguf.md.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,14 @@ import numpy as np
 from albor.errors import ConfigError, DataError, Problem
 
 SUFFIX = ".gguf"
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, size: int, modified: int) -> Any:
+    """The library's reader. It takes seconds for a vocabulary, and weights and tokenizer are in one file."""
+    import gguf
+
+    return gguf.GGUFReader(path)
 
 
 class GGUFFile:
@@ -31,7 +41,8 @@ class GGUFFile:
         if path.exists() and not path.is_file():  # a device may have no end
             raise DataError(f"{path} is no regular file")
         try:
-            self._reader = gguf.GGUFReader(path)
+            status = path.stat()
+            self._reader = _read(path.absolute(), status.st_size, status.st_mtime_ns)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
         except Exception as error:  # whatever the library stumbles over in a file that is none
@@ -54,9 +65,19 @@ class GGUFFile:
             raise DataError(f"{self.path} has no {key}")
         return value
 
-    def names(self) -> list[str]:
-        """The tensors, in the file's order."""
-        return [tensor.name for tensor in self._reader.tensors]
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors, in the file's order, with the shapes that torch gives them."""
+        # The file has the fastest dimension first.
+        return {t.name: tuple(int(size) for size in reversed(t.shape)) for t in self._reader.tensors}
+
+    def sha256(self) -> str:
+        """Of the whole file, in hexadecimal; reads it once more."""
+        try:
+            with open(self.path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror or error}") from error
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(name, values) of each tensor, fp32 in the shape that torch gives it, one in memory at a time.
@@ -65,9 +86,8 @@ class GGUFFile:
         """
         for tensor in self._reader.tensors:
             kind = tensor.tensor_type
-            shape = tuple(int(size) for size in reversed(tensor.shape))  # the file has the fastest first
             try:
                 values = self._library.dequantize(np.asarray(tensor.data), kind)
             except (NotImplementedError, ValueError) as error:
                 raise DataError(f"{self.path}: {tensor.name} is {kind.name}: {error}") from error
-            yield tensor.name, np.array(values, dtype=np.float32).reshape(shape)
+            yield tensor.name, np.array(values, dtype=np.float32).reshape(self.shapes[tensor.name])

@@ -155,6 +155,27 @@ def read_tensors_into(
         raise _unreadable(path, error) from error
 
 
+def each_tensor(
+    path: Path, on_read: Callable[[bytes | memoryview], object]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in the file at `path`, on the CPU, one in memory at a time.
+
+    `on_read` gets the bytes of the file in their order: when the last tensor has come, all of them. Raises
+    `DamagedCheckpoint` where the file makes no sense or the disk does not give it.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            header = _read_header(path, file)
+            on_read(header.prefix)
+            for name, spec in header.tensors.items():
+                tensor = torch.empty(spec.shape, dtype=_DTYPES[spec.dtype])
+                for chunk in _store(path, file, tensor, tensor.dtype, tensor.new_empty(0)):
+                    on_read(chunk)
+                yield name, tensor
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
 def _store(
     path: Path, file: IO[bytes], tensor: torch.Tensor, dtype: torch.dtype, staging: torch.Tensor
 ) -> Iterator[memoryview]:

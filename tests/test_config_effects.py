@@ -17,10 +17,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
 import pytest
+from pretrained_cases import write_llama
 from pydantic import BaseModel
 from run_cases import call, checkpoints, events, rows, tree, write_project
 
 from albor import checkpoint
+from albor.architecture import Architecture
 from albor.checkpoint import find_latest
 from albor.config import RunConfig, Source
 from albor.configfile import load_config
@@ -66,6 +68,7 @@ def source_effects(kind: str) -> Iterator[Effect]:
 
 
 PARQUET = (source("parquet"),)
+GIVEN = ("tokenizer.path=PROJECT/other.model",)
 FULL_DISK = "name=full"  # of a run whose first attempt to save finds no room
 # One step leaves weights with which no other one is finite.
 DIVERGES = ("optimizer.lr=1e15", "checkpoint.every_steps=1")
@@ -89,7 +92,8 @@ EFFECTS = [
     Effect("model.rms_norm_eps", "model.rms_norm_eps=1e-3", "loss weights"),
     Effect("model.tie_word_embeddings", "model.tie_word_embeddings=false", "plan loss weights"),
     Effect("model.initializer_range", "model.initializer_range=0.03", "loss weights"),
-    Effect("tokenizer.kind", "tokenizer.kind=unigram", "code"),  # there is one choice
+    Effect("model.init_from", "model.init_from=PROJECT/llama", "loss weights", GIVEN),
+    Effect("tokenizer.kind", "tokenizer.kind=hf", "code", GIVEN),  # the file is of the other kind
     Effect("tokenizer.path", "tokenizer.path=PROJECT/other.model", "tokenizer data"),
     Effect("tokenizer.sample_bytes", "tokenizer.sample_bytes=6KB", "tokenizer data"),
     Effect("data.sequence_length", "data.sequence_length=16", "plan loss tokens"),
@@ -192,6 +196,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ("tokenizer", "train", config, "data.validation_fraction=0.5")
     model = Path(call(*arguments).out.removesuffix("\n"))
     (home / "other.model").write_bytes(model.read_bytes())
+    write_llama(home / "llama", Architecture.from_config(load_config(config).model))
     return config
 
 

@@ -86,7 +86,6 @@ def test_a_key_without_a_policy_is_found():
 
 # Where the effect's other value is none that a run here could have, and why.
 NO_OTHER_VALUE = {
-    "tokenizer.kind": "use 'sentencepiece'",
     "optimizer.name": "use 'adamw'",
     "train.attention": "flash needs a GPU",
     "divergence.window_steps": "5 steps cannot be skipped within 4",

@@ -43,6 +43,7 @@ ROWS = (
         "train.snapshot",
     ),
     ("evaluate", "generate", "export"),
+    ("pretrained",),
     ("train.rehearsal", "train.run_directory", "train.saved", "train.session", "train.saver", "train.spikes",
         "train.divergence", "train.memory_record", "train.loop", "train.run",
         "train.verify_resume", "canary"),

@@ -22,6 +22,7 @@ FILE = "tokenizer.json"
 # What separates documents, as the models that are published call it; the first that a tokenizer has is taken.
 _ENDS_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 _BYTE_NAME = re.compile(r"<0x([0-9A-F]{2})>")
+_MOST_IDS = 1 << 24
 _LARGEST_FILE = 256 * 2**20  # bytes; the largest that is published has 35 million
 
 
@@ -37,7 +38,7 @@ class HuggingFaceEncoder:
     def __init__(self, model: bytes):
         tokenizers = _library()
         self.model = model
-        content = json.loads(model)
+        content = _parsed(model)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(model.decode())
         except Exception as error:  # the library raises nothing narrower
@@ -56,15 +57,18 @@ class HuggingFaceEncoder:
         self.strings, self.byte_ids = _strings(names, unspelled, content.get("decoder"))
         for token in self.special_ids.values():
             self.strings[token] = b""
-        missing = 256 - len({self.strings[token] for token in self.byte_ids})
-        if missing:
-            raise DataError(f"it has no tokens for {missing} of the 256 bytes, and would lose text")
+        # A vocabulary may lack bytes that its own text did not have: SmolLM2's has no U+0004. What stands for
+        # them, where anything does, is the end of a document, which no text may yield.
+        self._lacks_bytes = len(self.byte_ids) < 256
         self.end_of_document_id = self._find_end_of_document()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, on all cores."""
+        """The ids of each text, on all cores. A byte that the vocabulary lacks is left out."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
+        if not self._lacks_bytes:
+            return [encoding.ids for encoding in encoded]
+        special = frozenset(self.special_ids.values())
+        return [[token for token in encoding.ids if token not in special] for encoding in encoded]
 
     def _find_end_of_document(self) -> int:
         for name in _ENDS_OF_DOCUMENT:
@@ -92,6 +96,16 @@ def read_tokenizer_json(path: Path) -> bytes:
     return model
 
 
+def _parsed(model: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(model)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is no JSON object")
+    return content
+
+
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's letters for the 256 bytes: printable ones stand for themselves, the others for U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -108,6 +122,8 @@ def _strings(
     """
     parts = _decoders(decoder)
     kinds = [part.get("type") for part in parts]
+    if max(names) >= _MOST_IDS:
+        raise DataError(f"it has the id {max(names):,}")
     strings = [b""] * (max(names) + 1)
     for token, content in added.items():
         strings[token] = content.encode()

@@ -100,7 +100,7 @@ def prepare_tokenizer(config: RunConfig, progress: Progress | None = None) -> tu
     if config.tokenizer.path is not None:
         path = Path(config.tokenizer.path).expanduser()
         try:
-            return Tokenizer.load(path), path
+            return Tokenizer.load(path, config.tokenizer.kind), path
         except DataError as error:  # elsewhere it is damage; here the key names the wrong file
             raise ConfigError([Problem("tokenizer.path", str(error))]) from error
     cache = Cache(Path(config.data.cache_dir))
@@ -159,14 +159,21 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> list[Problem]:
-    """The problem, if there is one, that the tokenizer does not have exactly the model's vocabulary."""
+    """The problem, if there is one, that the tokenizer does not have exactly the model's vocabulary.
+
+    Models with a tokenizer of kind hf often have some ids more, for the sake of round numbers.
+    """
     wanted, found = config.model.vocab_size, tokenizer.vocab_size
-    if wanted == found:
+    padded = config.tokenizer.kind == "hf"
+    if wanted == found or (padded and wanted > found):
         return []
     message = f"{wanted}, but the tokenizer {config.tokenizer.path} has {found} tokens"
-    return [
-        Problem("model.vocab_size", message, f"set it to {found}, or tokenizer.path to null to train one")
-    ]
+    remedy = (
+        f"set it to {found} or more"
+        if padded
+        else f"set it to {found}, or tokenizer.path to null to train one"
+    )
+    return [Problem("model.vocab_size", message, remedy)]
 
 
 def check_horizon(config: RunConfig, prepared: PreparedData, left_out: int = 0) -> list[Problem]:

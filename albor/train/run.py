@@ -26,6 +26,7 @@ from albor.evaluate.validation import Validation
 from albor.memory.estimate import Estimate
 from albor.memory.process import CardProcess
 from albor.memory.shortage import is_out_of_memory
+from albor.pretrained.source import open_for
 from albor.progress import show_progress
 from albor.train.display import Display, make_display
 from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
@@ -111,6 +112,8 @@ def run_training(
         log = MetricsLog(directory, on_failure=say)
         with _RecordedEnd(config, log, stop) as end:
             sources = find_checkpoints(config, resume, say)
+            if not sources:
+                open_for(config.model)  # before minutes go into data, for what does not fit it
             if device == "cuda":  # before minutes go into data: without a C compiler this fails
                 from albor.train.rehearsal import compile_kernels  # imports Triton
 
@@ -185,6 +188,8 @@ def _describe(
         log.event("faults", step, faults=faults.ACTIVE)
     began = {"source": str(source) if source else None, "build": build_id()}
     log.event("resumed" if source else "started", step, **began)
+    if source is None and session.begun_from is not None:
+        log.event("init_from", step, source=config.model.init_from, sha256=session.begun_from)
     for kind, found in (("config_changed", changes), ("environment_changed", others)):
         for change in found:
             log.event(kind, step, key=change.key, before=change.before, after=change.after)
@@ -192,7 +197,7 @@ def _describe(
         say(f"the run goes on with another configuration: {', '.join(map(str, changes))}")
     if others:
         say(f"the run goes on where results may be rounded otherwise: {', '.join(map(str, others))}")
-    say(f"{session.directory}: {_describe_start(step, config.steps, source)}")
+    say(f"{session.directory}: {_describe_start(config, step, source)}")
 
 
 def _explain_shortage(error: BaseException, config: RunConfig, step: int | None) -> str:
@@ -240,10 +245,11 @@ def _check_prompts(config: RunConfig, data: PreparedData) -> list[Problem]:
     ]
 
 
-def _describe_start(step: int, steps: int, source: Path | None) -> str:
+def _describe_start(config: RunConfig, step: int, source: Path | None) -> str:
     if source is None:
-        return "a new run"
-    if step == steps:
+        begun = config.model.init_from
+        return f"a new run from the weights of {begun}" if begun else "a new run"
+    if step == config.steps:
         return f"finished already, at step {step}; here is its report again"
     return f"going on from step {step} ({source})"
 

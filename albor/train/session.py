@@ -22,6 +22,8 @@ from albor.manifest import STATE
 from albor.memory.arena import Arena
 from albor.memory.plan import STATE_BUFFERS, MemoryPlan
 from albor.model.parameters import clear, initialise, named_tensors
+from albor.pretrained.model import Pretrained
+from albor.pretrained.source import fill_weights, open_for
 from albor.runlog import EVENTS, read_rows
 from albor.train.guard import GuardState, rolled_back
 from albor.train.resume_policy import Change, changes_on_resume
@@ -43,6 +45,7 @@ class Session:
     state: TrainState
     resumed_from: Path | None
     best_validation_loss: float | None = None
+    begun_from: dict[str, str] | None = None  # SHA-256 by file of model.init_from's weights
 
     @property
     def directory(self) -> Path:
@@ -99,7 +102,11 @@ class Session:
         left, home = self.state.guard, self.directory / checkpoint.CHECKPOINTS
         if left.anchor is None:
             arena = self.trainer.arena
-            initialise(arena, self.trainer.architecture, self.config.seed)
+            if _begin(self.trainer, self.config, open_for(self.config.model)) != self.begun_from:
+                problem = (
+                    f"{self.config.model.init_from} has other weights than those that the run began with"
+                )
+                raise CheckpointError(f"model.init_from: {problem}")
             begun = GuardState.initial(arena.plan.compute_dtype)
             self.state = TrainState(guard=rolled_back(left, begun))
             self.best_validation_loss = None
@@ -130,6 +137,7 @@ class Session:
             "loader": self.loader.state(),
             "data_sha256": self.data.sha256,
             "best_validation_loss": self.best_validation_loss,
+            "begun_from": self.begun_from,
         }
 
     def saved_files(self) -> dict[str, bytes]:
@@ -268,9 +276,9 @@ def open_session(
         config.seed,
     )
     if not sources:
-        initialise(arena, trainer.architecture, config.seed)
+        begun_from = _begin(trainer, config, open_for(config.model))
         state = TrainState(guard=GuardState.initial(plan.compute_dtype))
-        return Session(config, data, Loader(*loader_arguments), trainer, state, None)
+        return Session(config, data, Loader(*loader_arguments), trainer, state, None, begun_from=begun_from)
 
     def fill(source: Path) -> Session:
         clear(arena)
@@ -283,10 +291,19 @@ def open_session(
             loader = Loader(*loader_arguments, state=position)
         except DataError as error:  # the data are the run's, so it is the position that is wrong
             raise DamagedCheckpoint(f"{source / STATE}: {error}") from error
-        return Session(config, data, loader, trainer, state, source, best)
+        begun_from = saved.get("begun_from")  # a checkpoint of an older albor has none
+        return Session(config, data, loader, trainer, state, source, best, begun_from)
 
     with _remedy(run_directory(config) / checkpoint.CHECKPOINTS, sources):
         return _first_intact(sources, fill, warn)
+
+
+def _begin(trainer: Trainer, config: RunConfig, pretrained: Pretrained | None) -> dict[str, str] | None:
+    """The weights that a run begins with; returns the SHA-256 of the files that they come from, if any."""
+    if pretrained is not None:
+        return fill_weights(trainer.arena, trainer.architecture, pretrained)
+    initialise(trainer.arena, trainer.architecture, config.seed)
+    return None
 
 
 def _explain_other_data(config: RunConfig, source: Path, data: PreparedData) -> str:

@@ -233,7 +233,7 @@ def vram_estimate(
     albor vram-estimate configs/pretrain-350m.yaml --vram 8GiB model.vocab_size=4K
     albor vram-estimate configs/pretrain-350m.yaml --json
     albor vram-estimate --audit runs/pretrain-350m
-    albor vram-estimate configs/pretrain-350m.yaml --gpu "RTX 3060" --fit
+    albor vram-estimate configs/pretrain-350m.yaml --gpu "RTX 3060 12GB" --fit
     albor vram-estimate configs/pretrain-50m.yaml --gpu L4 --sweep --plot grid.png
 
     Exit code 4: it does not fit, and the nearest changes that would are shown;

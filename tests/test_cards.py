@@ -43,6 +43,10 @@ REPORTED = [row for row in ROWS if row["usable"] and row["nvidia_smi_mib"]]
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA GH200 480GB", "GH200 96GB"),  # they are the processor's
+        ("NVIDIA GH200 144G HBM3e", "GH200 144GB"),
+        ("RTX 3060 8 GB", "RTX 3060 8GB"),
+        ("H100 7g.80gb", "H100 MIG 7g.80gb"),
+        ("RTX PRO 6000 Blackwell 4g.96gb", "RTX PRO 6000 Blackwell MIG 4g.96gb"),
         ("Tesla V100-SXM2-32GB", "V100 32GB"),
         ("Tesla T4", "T4"),
         ("DGX Spark", "GB10"),
@@ -63,21 +67,34 @@ def test_find_gpu(name: str, meant: str) -> None:
     [
         ("RTX 4900", "did you mean RTX 4090"),
         ("RTX 409", "did you mean RTX 4090"),  # and not a card of 409 GB
-        ("RTX 3060 8GB", "not a card that albor knows; did you mean RTX 3060?"),
+        ("RTX 3060 6GB", "not a card that albor knows; did you mean RTX 3060 12GB or RTX 3060 8GB?"),
         ("A100-SXM-64GB", "did you mean A100 40GB or A100 80GB?"),
-        ("H100 1g.11gb", "did you mean H100 MIG 1g.10gb"),
+        ("H100 1g.11gb", "not a card that albor knows; its slices are:? *H100 MIG 1g.10gb, .*7g.80gb"),
+        ("H200 MIG 1g.19gb", "its slices are:? *H200 MIG 1g.18gb, .*; or, for any other card"),
+        ("H100 MIG", "does not say which slice; say which:? *H100 MIG 1g.10gb, .*, H100 MIG 7g.80gb$"),
+        ("NVIDIA H200 MIG", "say which:? *H200 MIG 1g.18gb, .*, H200 MIG 7g.141gb$"),
+        ("A100 40GB MIG", "say which:? *A100 40GB MIG 1g.5gb, .*, A100 40GB MIG 7g.40gb$"),
+        ("A100-MIG", "say which:? *A100 40GB MIG 1g.5gb, .*, A100 80GB MIG 7g.80gb$"),
+        ("RTX 4090 MIG", "does not say which slice; albor knows no slices of it: .*--vram"),
         ("1c.3g.40gb", "not a card"),  # a part of a slice
         ("A100", "is more than one card; say which: A100 40GB, A100 80GB"),
         ("RTX 3080", "say which: RTX 3080 10GB, RTX 3080 12GB"),
+        ("RTX 3060", "say which: RTX 3060 12GB, RTX 3060 8GB"),
+        ("NVIDIA RTX A2000", "say which: RTX A2000 6GB, RTX A2000 12GB"),
+        ("GH200", "say which: GH200 96GB, GH200 144GB"),
         ("3g.40gb", "say which: A100 80GB MIG 3g.40gb, H100 MIG 3g.40gb"),
-        ("Radeon RX 7900", "known are .*RTX 4090.*H100.*--vram 24GiB"),
-        ("", "known are .*--vram 24GiB"),
+        ("Radeon RX 7900", "known are:? .*RTX 4090.*H100.*--vram 24GiB"),
+        ("", "known are:? .*--vram 24GiB"),
         ("NVIDIA", "known are"),
     ],
 )
 def test_a_name_is_not_guessed(name: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError) as caught:
         find_gpu(name)
+    lines = str(caught.value).split("\n")
+    assert re.search(says, " ".join(line.strip() for line in lines))
+    assert all(len(line) <= 110 for line in lines[1:]), "many names are wrapped"
+    assert len(lines[0]) <= 240
 
 
 def test_a_memory_that_was_read_says_which_of_two_cards() -> None:
@@ -85,13 +102,16 @@ def test_a_memory_that_was_read_says_which_of_two_cards() -> None:
     assert [gpu.name for gpu in matching_gpus(name, 11900 * MIB)] == ["RTX 3080 12GB"]
     assert [gpu.name for gpu in matching_gpus(name, 9900 * MIB)] == ["RTX 3080 10GB"]
     assert matching_gpus(name, 20000 * MIB) == [], "one that was rebuilt with more is none of them"
+    name = "NVIDIA RTX A2000"
+    assert [gpu.name for gpu in matching_gpus(name, 5700 * MIB)] == ["RTX A2000 6GB"]
 
 
 def test_the_table_covers_what_people_have() -> None:
     whole = {gpu.name for gpu in GPUS if not gpu.slice}
     assert len(whole) >= 30
     wanted = {
-        f"RTX {model}" for model in ("3060", "3090", "4060", "4070", "4080", "4090", "5070", "5080", "5090")
+        f"RTX {model}"
+        for model in ("3060 8GB", "3060 12GB", "3090", "4060", "4070", "4080", "4090", "5070", "5080", "5090")
     }
     wanted |= {f"RTX {model} Laptop" for model in ("3080 Ti", "4060", "4070", "4080", "4090", "5090")}
     wanted |= {"T4", "L4", "A10", "A10G", "A30", "A40", "RTX A5000", "RTX A6000", "L40", "L40S"}
@@ -152,6 +172,37 @@ def test_a_derived_row_says_how() -> None:
     assert find_gpu("RTX 5060 Ti 16GB").source == "15816 MiB: Luce-Org/lucebox#407"
 
 
+# A thread, a file of a repository, or a page.
+_FOLLOWED = re.compile(r"[\w.-]+/[\w.-]+(#\d+|, [\w./-]+)|https://\S+/\S+")
+
+
+def test_most_capacities_have_a_source_that_can_be_followed() -> None:
+    whole = [gpu for gpu in GPUS if not gpu.slice and ": " in gpu.source and "derived" not in gpu.source]
+    assert sum(bool(_FOLLOWED.search(gpu.source)) for gpu in whole) >= 30
+    slices = [gpu for gpu in GPUS if gpu.slice and "derived" not in gpu.source]
+    assert [gpu.name for gpu in slices if not _FOLLOWED.search(gpu.source)] == [
+        "A30 MIG 4g.24gb",  # less than what is cited
+        *(f"GH200 96GB MIG {profile}" for profile in ("1g.12gb", "1g.24gb", "2g.24gb", "3g.48gb", "4g.48gb")),
+    ]
+
+
+def test_a_whole_slice_has_no_less_than_two_halves() -> None:
+    """What is said of a card's largest slice where nobody has listed it."""
+    derived = 0
+    for card in {gpu.name.partition(" MIG ")[0] for gpu in GPUS if gpu.slice}:
+        slices = [gpu for gpu in GPUS if gpu.name.startswith(f"{card} MIG ")]  # the smallest first
+        *_, half, whole = slices
+        assert whole.multiprocessors is not None
+        assert half.multiprocessors is not None
+        # They are listed with two decimals.
+        assert 2 * half.usable_bytes <= whole.usable_bytes + 16 * MIB, card
+        if "derived: no less than two of its" in whole.source:
+            assert whole.source.endswith(str(half.slice)), card
+            assert abs(whole.usable_bytes - 2 * half.usable_bytes) <= 16 * MIB
+            derived += 1
+    assert derived == 4
+
+
 def test_decimals_were_rounded_up_perhaps() -> None:
     assert least_bytes("23.52 GiB") == int(23.515 * GIB)
     assert least_bytes("44.3 GiB") == int(44.25 * GIB)
@@ -182,7 +233,8 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nonsense", "--gpu: 'nonsense' is not a card that albor knows; known are RTX 3060"),
+        ("nonsense", "--gpu: 'nonsense' is not a card that albor knows; known are:\n    RTX 3060 12GB, "),
+        ("H100 MIG", "'H100 MIG' does not say which slice; say which:"),
         ("RTX 4900", "did you mean RTX 4090"),
         ("3g.40gb", "'3g.40gb' is more than one card; say which: A100 80GB MIG 3g.40gb, H100 MIG 3g.40gb"),
     ],

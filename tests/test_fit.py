@@ -75,7 +75,7 @@ def _random_case(number: int) -> tuple[Estimate, Fit, list[tuple[Choice, int]]]:
         recompute=rng.choice(["none", "cheap", "block"]),
         head_chunk_tokens=rng.choice([None, None, 100]),
     )
-    card = rng.choice([find_gpu(name) for name in ("RTX 3060", "RTX 4090", "H100", "B200", "RTX 5090", "T4")])
+    card = rng.choice([find_gpu(name) for name in ("3060 12GB", "RTX 4090", "H100", "B200", "RTX 5090", "T4")])
     options = Options(state=rng.random() < 0.3)
     # In every second case the link is so slow that it matters when the sums come back.
     with pytest.MonkeyPatch.context() as patch:
@@ -185,12 +185,12 @@ def _json(*words: object) -> tuple[int, dict[str, Any]]:
 LONG = ("data.sequence_length=16384", "model.max_position_embeddings=16384", "train.micro_batch_size=1")
 CASES = [
     (("--gpu", "RTX 4090"), ()),
-    (("--gpu", "RTX 3060"), ("data.sequence_length=2048", "train.micro_batch_size=8")),
+    (("--gpu", "RTX 3060 12GB"), ("data.sequence_length=2048", "train.micro_batch_size=8")),
     (("--gpu", "RTX 4090"), ("train.accumulator=auto",)),
     (("--gpu", "H100"), ("train.head_chunk_tokens=4096", "train.recompute=block")),
     (("--vram", "7.5GiB"), ()),
     (("--gpu", "T4"), ("train.precision=fp16",)),
-    (("--gpu", "RTX 3060", "--fit-state"), ("model.num_hidden_layers=40",)),
+    (("--gpu", "RTX 3060 12GB", "--fit-state"), ("model.num_hidden_layers=40",)),
     (("--vram", "7GiB", "--fit-sequence"), LONG),
 ]
 
@@ -272,7 +272,7 @@ def test_the_page_is_narrow(options: tuple[str, ...], overrides: tuple[str, ...]
 
 
 def test_what_each_change_does_to_the_speed():
-    fit = _fit(gpu="RTX 3060")
+    fit = _fit(gpu="RTX 3060 12GB")
     assert fit.best is not None
     assert fit.best.seconds is not None
     for key, gain in fit.costs.items():

@@ -250,7 +250,7 @@ def card(name: str) -> Hardware:
 
 def straddling() -> list[tuple[RunConfig, Gpu]]:
     """50 varied configurations on four cards of their own capacity each."""
-    cards = [find_gpu(name) for name in ("RTX 3060", "RTX 4090", "A100 80GB", "H100")]
+    cards = [find_gpu(name) for name in ("RTX 3060 12GB", "RTX 4090", "A100 80GB", "H100")]
     return [
         (
             make_config(**drawn(seed) | {"accumulator": random.Random(seed).choice(("cpu", "gpu", "auto"))}),

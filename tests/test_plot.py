@@ -76,7 +76,7 @@ def check_stack(bar: dict[str, tuple[float, float]], parts: dict[str, int]) -> N
 
 
 def test_a_sweeps_bars_are_as_high_as_its_bytes():
-    result = grid("train.micro_batch_size=2,8", "data.sequence_length=1024,4096", gpu="RTX 3060")
+    result = grid("train.micro_batch_size=2,8", "data.sequence_length=1024,4096", gpu="RTX 3060 12GB")
     figure = plot.draw_sweep(result)
     drawn = bars(figure)
     assert len(drawn) == len(result.estimates) == 2
@@ -139,7 +139,7 @@ def test_every_group_has_a_colour_and_every_colour_a_name():
         (lambda: plot.draw_phases(large(gpu=None)), False),
         (lambda: plot.draw_phases(large(*NEARLY, gpu="RTX 4070")), True),
         (lambda: plot.draw_phases(large(*FAR_TOO_LARGE, gpu="RTX 4070")), True),
-        (lambda: plot.draw_sweep(grid("train.micro_batch_size=4,64", gpu="RTX 3060")), True),
+        (lambda: plot.draw_sweep(grid("train.micro_batch_size=4,64", gpu="RTX 3060 12GB")), True),
     ],
 )
 def test_what_is_drawn_lies_within_the_picture(figure: Any, shown: bool):

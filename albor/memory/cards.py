@@ -6,6 +6,7 @@ import csv
 import difflib
 import functools
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -98,6 +99,7 @@ _NOISE = re.compile(
 _LAPTOP = re.compile(r"\b(mobile|notebook)\b|(?<=\d)m\b")
 _MEMORY = re.compile(r"(?<!\d)(\d{1,3})\s*gi?b\b|(?<=[\s-])(\d{1,3})$")
 _SLICE = re.compile(r"(?<![\w.])(\d+g\.\d+gb)(?:[+-][a-z.]+)*")  # +me, -me, +gfx: the memory is the same
+_MIG = re.compile(r"\bmig\b")
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,22 @@ def _plain(name: str) -> str:
 
 
 def matching_gpus(name: str, usable_bytes: int | None = None) -> list[Gpu]:
-    """The rows that `name` may mean; with the bytes that a card says it has, those that have as many."""
+    """The rows that `name` may mean; with the bytes that a card says it has, those that have as many.
+
+    "H100 MIG" is none of them: a slice that does not say how large it is.
+    """
+    if _is_some_slice(name):
+        return []
     plain = _plain(name)
     named = [gpu for gpu in GPUS if plain and plain in (_plain(gpu.name), _plain(gpu.also))]
     found = named or [gpu for gpu in GPUS if plain and _may_mean(name, gpu)]
     if usable_bytes is None:
         return found
     return [gpu for gpu in found if gpu.usable_bytes is None or 0.9 < gpu.usable_bytes / usable_bytes < 1.1]
+
+
+def _is_some_slice(name: str) -> bool:
+    return bool(_MIG.search(name.lower())) and not _parts(name).slice
 
 
 def _may_mean(name: str, gpu: Gpu) -> bool:
@@ -163,14 +174,45 @@ def find_gpu(name: str) -> Gpu:
         return found[0]
     if found:
         what = "is more than one card"
-        remedy = f"say which: {', '.join(gpu.name for gpu in found)}"
+        remedy = _listed("say which", [gpu.name for gpu in found])
+    elif _is_some_slice(name):
+        what = "does not say which slice"
+        slices = _slices_of(_MIG.sub("", name.lower()))
+        remedy = (
+            _listed("say which", slices) if slices else f"albor knows no slices of it: name another, {_OTHER}"
+        )
     else:
-        what = "is not a card that albor knows"
-        whole = [gpu.name for gpu in GPUS if not gpu.slice]
-        close = _close(name)
-        meant = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(whole)}."
-        remedy = f"{meant} For any other card, give its memory: --vram 24GiB"
+        what, remedy = "is not a card that albor knows", _nearest(name)
     raise ConfigError([Problem("--gpu", f"{name!r} {what}", remedy, "command line")])
+
+
+_OTHER = "or, for any other card, give its memory: --vram 24GiB"
+_LINE = 100  # characters of a line of names
+
+
+def _slices_of(card: str) -> list[str]:
+    cards = matching_gpus(card)
+    return [gpu.name for gpu in GPUS if gpu.slice and _whole(gpu) in cards]
+
+
+def _nearest(name: str) -> str:
+    """What may be meant by a name that no card has."""
+    slices = _slices_of(_MIG.sub("", _SLICE.sub("", name.lower()))) if _parts(name).slice else []
+    if slices:
+        return f"{_listed('its slices are', slices)}; {_OTHER}"
+    if close := _close(name):
+        return f"did you mean {' or '.join(close)}? {_OTHER}"
+    return f"{_listed('known are', [gpu.name for gpu in GPUS if not gpu.slice])}\n  {_OTHER}"
+
+
+def _listed(words: str, names: list[str]) -> str:
+    """`names` after `words`; many of them in lines of their own."""
+    text = ", ".join(names)
+    if len(text) <= _LINE:
+        return f"{words}: {text}"
+    whole = ", ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
+    lines = textwrap.wrap(whole, _LINE, break_long_words=False, break_on_hyphens=False)
+    return "\n    ".join([f"{words}:", *(line.replace("\N{NO-BREAK SPACE}", " ") for line in lines)])
 
 
 def _close(name: str) -> list[str]:

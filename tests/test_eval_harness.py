@@ -14,7 +14,7 @@ from typing import Any
 
 import eval_cases
 import pytest
-from eval_cases import data, run, scores_of  # noqa: F401  # fixtures
+from eval_cases import data, run, scores_of  # fixtures
 from run_cases import call
 
 from albor.evaluate import items
@@ -56,7 +56,7 @@ json.dump(found, open(request["out"], "w"))
 
 
 @pytest.fixture(scope="module")
-def both(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # noqa: F811
+def both(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What lm-eval says with transformers and with albor's model class, and what albor itself says."""
     directory = tmp_path_factory.mktemp("parity")
     exported = call("export", run, "--to", "hf", "--dtype", "fp32", "--out", directory / "hf", "--no-check")
@@ -123,7 +123,7 @@ def test_every_metric_and_its_error_is_that_of_lm_eval(both: dict[str, Any], mod
     assert {name for name in others if not name.endswith("_stderr")} == set(TASKS[task].metrics)
 
 
-def test_the_cases_tell_metrics_and_choices_apart(both: dict[str, Any], data: Path):  # noqa: F811
+def test_the_cases_tell_metrics_and_choices_apart(both: dict[str, Any], data: Path):
     """Else agreement would show little: contexts are cut, and acc and acc_norm differ somewhere."""
     results = both["ours"]["results"]
     assert results["boolq"]["truncated"] > 0

@@ -74,8 +74,9 @@ def _perplexity(scores: Sequence[Sequence[Score]]) -> Measured:
 def _bootstrap(values: np.ndarray) -> float:
     """The standard deviation of the perplexity over lm-eval's own resamples: the same generator, the same
     draws, many at a time."""
-    resampled = np.concatenate([np.exp(-values[drawn].mean(1)) for drawn in _draws(values.size)])
-    return float(resampled.std(ddof=1))
+    with np.errstate(over="ignore", invalid="ignore"):  # of a model that knows nothing
+        resampled = np.concatenate([np.exp(-values[drawn].mean(1)) for drawn in _draws(values.size)])
+        return float(resampled.std(ddof=1))
 
 
 def _draws(size: int) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,7 @@ from albor.errors import AlborError, ConfigError, Problem
 from albor.export.directory import check_disk, check_target, new_directory
 from albor.export.format import Format, Source, open_source
 from albor.export.gate import AlborRuntime, Gate, NotInstalled, compare
-from albor.export.weights import layout
+from albor.export.weights import hf_tensors, layout
 from albor.memory.shortage import explained
 from albor.progress import Report, show_progress
 from albor.strictjson import to_json
@@ -138,15 +139,24 @@ def _check(source: Source, format: Format, directory: Path, dtype: str, check: b
     if not check:
         return Gate("none", (), tolerance, "--no-check was given")
     report(f"checking {format.name}", 0, None)
+    own = AlborRuntime(source.loaded, source.stop_ids)
+    before = own.look_before() if _loses(source, format, dtype) else None
     for piece in layout(source.architecture):
         values = piece.of(source.loaded.arena["weights"])
         values.copy_(format.rounded(piece.name, values, dtype))
-    own = AlborRuntime(source.loaded, source.stop_ids)
     context = source.architecture.max_position_embeddings
     try:
-        return compare(own, format.program, lambda: format.open_runtime(directory, dtype), context, tolerance)
+        return compare(
+            own, format.program, lambda: format.open_runtime(directory, dtype), context, tolerance, before
+        )
     except NotInstalled as missing:
         return Gate("none", (), tolerance, str(missing))
+
+
+def _loses(source: Source, format: Format, dtype: str) -> bool:
+    """Whether the file's values are others than the source's."""
+    tensors = hf_tensors(source.loaded.arena, source.architecture)
+    return any(not torch.equal(format.rounded(name, values, dtype), values) for name, values in tensors)
 
 
 def run_export(

@@ -106,10 +106,10 @@ class AnswersByPosition(Protocol):
 
 @runtime_checkable
 class ComputesAsStored(Protocol):
-    """A runtime that users let compute in less than fp32, while `Runtime.logits` are in fp32 to be compared."""
+    """A runtime that computes in less than fp32 for its users, and whose `logits` are in fp32 even so."""
 
     def stored_logits_at(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-        """`AnswersByPosition.logits_at`, computed as users let it."""
+        """`AnswersByPosition.logits_at`, computed as for its users."""
 
 
 class AlborRuntime:
@@ -209,13 +209,15 @@ def compare(
     open_runtime: Callable[[], Runtime],
     context: int,
     tolerance: Tolerance,
+    before: Before | None = None,
 ) -> Gate:
     """Holds the program that `open_runtime` starts against `own`, which has the weights as the export has
     them.
 
-    `context` is the number of positions of the model. Whatever the program raises is a finding: an export
-    that it cannot load is no export. Only what `open_runtime` raises to say that there is no program goes
-    through (`NotInstalled`), and what ends the process.
+    `context` is the number of positions of the model; `before` is what was known of it before its weights
+    were rounded, None where nothing was lost. Whatever the program raises is a finding: an export that it
+    cannot load is no export. Only what `open_runtime` raises to say that there is no program goes through
+    (`NotInstalled`), and what ends the process.
     """
     runtime: Runtime | None = None
     name, rows = program, list[Row]()
@@ -232,6 +234,9 @@ def compare(
         for check, function in checks:
             compared, found, passed = function(own, runtime, context, tolerance)
             rows.append(Row(check, compared, found, passed))
+        if before is not None:
+            check = "rounding"
+            rows.append(Row(check, *_compare_rounding(own, runtime, before)))
     except NotInstalled:
         raise
     except Exception as error:
@@ -331,6 +336,16 @@ def _compare_stop(own: AlborRuntime, runtime: Runtime, context: int, tolerance: 
         if ours != list(theirs):
             return compared, f"after token {token} there are {len(theirs)} more instead of {len(ours)}", False
     return compared, "each ends a generation, another token does not", True
+
+
+def _compare_rounding(own: AlborRuntime, runtime: Runtime, before: Before) -> Finding:
+    if isinstance(runtime, ComputesAsStored):
+        logits = runtime.stored_logits_at(before.tokens, before.positions)
+    else:
+        logits = own.logits(before.tokens)[before.positions]
+    old, new = before.perplexities(logits)
+    found = f"perplexity {old:.4g}, then {new:.4g} ({new / old - 1:+.2%})"
+    return f"{len(before.positions)} positions", found, new <= _MOST_PERPLEXITY * old
 
 
 def _probes(own: AlborRuntime, context: int) -> Iterator[tuple[str, list[int]]]:

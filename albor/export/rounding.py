@@ -1,9 +1,9 @@
 """What rounding the weights costs: the perplexity of a text of the model's own, before and after.
 
-The text is the model's own, because held-out data may be gone, and any other may not be what the model is for.
-At some of its positions the whole distributions are compared: with the old one as the truth, exp of its own
-entropy is the perplexity before, exp of the cross-entropy the one after. So neither depends on which token was
-drawn, and few positions are enough.
+The text is the model's own, because held-out data may be gone, and any other may not be what the model is
+for. At some of its positions the whole distributions are compared: with the old one as the truth, exp of its
+entropy is the perplexity before, exp of the cross-entropy the one after. So neither depends on which token
+was drawn, and few positions are enough.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Before:
 
 
 def look_before(decoder: Decoder, first: int, vocabulary: int) -> Before:
-    """Lets the model write, from the token `first` on and with the first `vocabulary` ids, by a fixed seed; it
-    goes on behind the end of a document, as in training.
+    """Lets the model write, from the token `first` on and with the first `vocabulary` ids, by a fixed seed;
+    it goes on behind the end of a document, as in training.
     """
     decoder.reset()
     tokens = [first]

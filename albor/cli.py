@@ -577,6 +577,32 @@ def chat(
 
 
 @app.command()
+def smoke(run: RunPath, as_json: AsJson = False) -> None:
+    """Let a model go on from a few fixed prompts, and say what is plainly wrong with the texts.
+
+    \b
+    albor smoke runs/quickstart
+    albor smoke runs/quickstart/best --json
+
+    The verdicts are information about the model: the exit code is 0 whatever they are. A run does the same
+    at its end (evaluate.smoke_test), and stores it in eval/smoke.json.
+    """
+    from albor.generate.load import load_to_write
+    from albor.generate.smoke import as_json as content
+    from albor.generate.smoke import lines, smoke_test
+    from albor.memory.shortage import explained
+    from albor.model.decode import Decoder
+
+    with explained("find out what else uses it, or write on a larger machine"):
+        _, model, tokenizer, arena = load_to_write(run)
+        findings = smoke_test(Decoder(model, arena), tokenizer)
+    if as_json:
+        print(json.dumps(content(findings)))
+    else:
+        print("\n".join(lines(findings)))
+
+
+@app.command()
 def serve(
     run: RunPath,
     host: Annotated[

@@ -334,6 +334,12 @@ class EvaluateConfig(Section):
     temperature: Annotated[float, Field(ge=0)] = Field(
         0.8, description="Sampling temperature; 0: the likeliest token."
     )
+    smoke_test: bool = Field(
+        True,
+        description="Let the model go on from a few fixed prompts at the end of the run, and say what is "
+        "plainly wrong with the texts (`albor smoke`); it needs the memory to write in, which a run with "
+        "`evaluate.prompts` has.",
+    )
 
 
 class CheckpointConfig(Section):

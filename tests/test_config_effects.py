@@ -154,6 +154,7 @@ EFFECTS = [
     Effect("evaluate.final_batches", "evaluate.final_batches=1", "final"),
     Effect("evaluate.sample_tokens", "evaluate.sample_tokens=3", "samples"),
     Effect("evaluate.temperature", "evaluate.temperature=0", "samples"),
+    Effect("evaluate.smoke_test", "evaluate.smoke_test=false", "smoke"),
     Effect("checkpoint.every_steps", "checkpoint.every_steps=2", "saved"),
     Effect("checkpoint.keep_last", "checkpoint.keep_last=1", "kept"),
     Effect("checkpoint.keep_every", "checkpoint.keep_every=3", "kept", ("checkpoint.keep_last=1",)),
@@ -295,6 +296,7 @@ def seen(code: int) -> dict[str, Any]:
         shown["weights"], shown["tokenizer"] = files["weights.safetensors"], files["tokenizer.model"]
         shown["data"] = json.loads((newest / "state.json").read_text())["data_sha256"]
     if (final := run / "eval" / "final.json").exists():
+        shown["smoke"] = (run / "eval" / "smoke.json").exists()
         shown["final"] = json.loads(final.read_text())["val/target_tokens"]
     return shown
 

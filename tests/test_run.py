@@ -126,6 +126,11 @@ def test_a_whole_run(config: Path, whole: dict[str, Any]):
     assert (final["step"], final["samples"][0]["prompt"]) == (STEPS, "the")
     for shown in (f"{final['val/loss']:.3f}", f"{final['xz/bits_per_byte']:.3f}", "albor generate runs/tiny"):
         assert shown in result.out
+    smoke = json.loads((RUN / "eval" / "smoke.json").read_text())
+    assert smoke["step"] == STEPS
+    assert all(finding["text"] is not None for finding in smoke["findings"][:2])
+    assert smoke["summary"] == final["smoke"]
+    assert smoke["summary"] in result.out
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(config: Path):

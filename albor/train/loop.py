@@ -19,6 +19,7 @@ from albor.errors import Alert, Interrupted
 from albor.evaluate.validation import Validation, validate
 from albor.generate.generate import generate
 from albor.generate.sampler import NotFinite
+from albor.generate.smoke import Finding, smoke_test
 from albor.memory.plan import evaluation_batch
 from albor.memory.shortage import give_back, is_out_of_memory
 from albor.model.decode import Decoder
@@ -276,6 +277,18 @@ class Loop:
             f"{NOT_FINITE} and not saved, the checkpoint is that of step {self.saver.saved_step}, and the "
             "same command goes on from it"
         )
+
+
+def smoke_test_session(session: Session, stop: StopRequest) -> list[Finding] | None:
+    """How the model goes on from the smoke test's prompts; None where it is not asked for, or where there is
+    no memory to write in. Raises Stopped between two tokens.
+    """
+    trainer = session.trainer
+    if not session.config.evaluate.smoke_test or not session.config.evaluate.prompts:
+        return None
+    with trainer.streams.computing():
+        decoder = Decoder(trainer.model, trainer.arena)
+        return smoke_test(decoder, session.data.tokenizer, on_token=stop.check)
 
 
 def evaluate_session(session: Session, batches: int, stop: StopRequest) -> Validation:

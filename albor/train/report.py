@@ -130,7 +130,8 @@ class Summary:
     """What is told at the end of a run.
 
     `compression` is bits per byte by compressor's name, on the text of the validation; `samples` are prompts
-    with what the model wrote after them; `places` are paths by what lies there.
+    with what the model wrote after them; `places` are paths by what lies there; `smoke` is the smoke test's
+    result, where there was one.
     """
 
     validation_loss: float | None
@@ -138,6 +139,7 @@ class Summary:
     compression: Mapping[str, float]
     samples: Sequence[tuple[str, str]]
     places: Mapping[str, str]
+    smoke: str | None = None
 
 
 def print_summary(console: Console, summary: Summary) -> None:
@@ -158,6 +160,9 @@ def print_summary(console: Console, summary: Summary) -> None:
             console.print(Padding(sample, (0, 2)))
         else:
             console.print(sample, soft_wrap=True)
+    if summary.smoke:
+        _heading(console, "Smoke test")
+        _line(console, f"  {summary.smoke}")
     if summary.places:
         _heading(console, "Where everything lies")
         longest = max(map(len, summary.places))

@@ -126,6 +126,7 @@ POLICIES: dict[str, Policy] = {
     "evaluate.final_batches": _WATCHED,
     "evaluate.sample_tokens": _WATCHED,
     "evaluate.temperature": _WATCHED,
+    "evaluate.smoke_test": _WATCHED,
     "checkpoint.every_steps": _JUDGED,  # a rollback goes to the last of these checkpoints
     "checkpoint.keep_last": _KEPT,
     "checkpoint.keep_every": _KEPT,

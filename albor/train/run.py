@@ -23,13 +23,15 @@ from albor.data.loader import validation_batches
 from albor.data.prepare import PreparedData, check_horizon, prepare
 from albor.errors import AlborError, Alert, ConfigError, Diverged, Interrupted, Problem
 from albor.evaluate.validation import Validation
+from albor.generate.smoke import Finding, summary
+from albor.generate.smoke import as_json as smoke_as_json
 from albor.memory.estimate import Estimate
 from albor.memory.process import CardProcess
 from albor.memory.shortage import is_out_of_memory
 from albor.pretrained.source import open_for
 from albor.progress import show_progress
 from albor.train.display import Display, make_display
-from albor.train.loop import Loop, Sample, draw_samples, evaluate_session
+from albor.train.loop import Loop, Sample, draw_samples, evaluate_session, smoke_test_session
 from albor.train.memory_record import MemoryRecord
 from albor.train.metrics import MetricsLog
 from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
@@ -65,6 +67,7 @@ class Outcome:
     samples: list[Sample]
     losses: list[tuple[int, float]]  # (step, training loss)
     validation_losses: list[tuple[int, float]]
+    smoke: list[Finding] | None = None  # None: it was not asked for, or there was no memory to write in
 
     def as_json(self) -> dict[str, Any]:
         """What `albor train --json` prints and `eval/final.json` holds; what is not finite is null."""
@@ -78,6 +81,7 @@ class Outcome:
             "val/text_bytes": self.validation.text_bytes,
             **{f"{name}/bits_per_byte": bits for name, bits in self.compressors.items()},
             "samples": [asdict(sample) for sample in self.samples],
+            "smoke": summary(self.smoke) if self.smoke else None,
         }
         odd = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         return values | dict.fromkeys(odd)
@@ -143,6 +147,9 @@ def run_training(
                 stop.defer()
                 outcome = _train_and_report(session, log, display, stop, memory, target.peak_flops)
             (directory / "eval").mkdir(exist_ok=True)
+            if outcome.smoke:
+                smoke = {"step": outcome.steps, **smoke_as_json(outcome.smoke)}
+                replace_file(directory / "eval" / "smoke.json", json.dumps(smoke, indent=1) + "\n")
             replace_file(directory / "eval" / "final.json", json.dumps(outcome.as_json(), indent=1) + "\n")
     return outcome
 
@@ -269,6 +276,7 @@ def _report(session: Session, log: MetricsLog, stop: StopRequest) -> Outcome:
         validation=validation,
         compressors=compression_bits_per_byte(_validation_text(session)),
         samples=draw_samples(session, stop),
+        smoke=smoke_test_session(session, stop),
         losses=[(row["step"], row["train/loss"]) for row in rows if row.get("train/loss") is not None],
         validation_losses=[(row["step"], row["val/loss"]) for row in rows if row.get("val/loss") is not None],
     )
@@ -297,6 +305,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
             bits_per_byte=outcome.validation.bits_per_byte,
             compression=outcome.compressors,
             samples=[(sample.prompt, sample.text or "") for sample in outcome.samples],
+            smoke=summary(outcome.smoke) if outcome.smoke else None,
             places={
                 "run": str(directory),
                 "metrics": str(directory / "metrics.jsonl"),

@@ -35,7 +35,7 @@ from albor.memory.calibration import (
 )
 from albor.memory.cards import Gpu, Hardware, find_gpu
 from albor.memory.estimate import estimate
-from albor.memory.outside import MARGIN, graph_nodes, outside, outside_items
+from albor.memory.outside import MARGIN, PREPARATION, graph_nodes, outside, outside_items
 from albor.memory.plan import plan_training
 from albor.memory.process import Reading
 from albor.units import GIB, KIB, MIB
@@ -132,6 +132,12 @@ def _with(**changes: Any) -> str:
         (_with(bytes=[1]), "damaged"),
         (_with(gpu=None), "damaged"),
         (_with(device="tpu"), "damaged"),
+        (_with(bytes=dict.fromkeys(CARD.bytes, 0)), "too small to have been measured"),
+        (_with(bytes=CARD.bytes | {CUDA_CONTEXT: 16 * MIB - 1}), "too small to have been measured"),
+        (_with(date="x"), "damaged"),
+        (_with(date=""), "damaged"),
+        (_with(torch=""), "damaged"),
+        (_with(graph_nodes=0), "damaged"),
         (_with(torch=None), "damaged"),
         (_with(driver=570), "damaged"),
     ],
@@ -236,8 +242,10 @@ def test_an_estimate_goes_by_the_cards_row(path: Path) -> None:
 def test_an_estimate_sees_a_calibration_that_came_after_it(path: Path) -> None:
     """Within one process, as a fit and a page of examples have it."""
     plan = plan_training(make_config(), "cpu", "float32")
+    assert outside(plan)[PREPARATION] > 0
     store(path, HOST)
     assert outside(plan)[PROCESS] == 300 * MIB
+    assert PREPARATION not in outside(plan), "the run that was measured had prepared data"
     store(path, replace(HOST, bytes={PROCESS: 301 * MIB}))
     assert outside(plan)[PROCESS] == 301 * MIB
 
@@ -432,6 +440,19 @@ def test_a_card_that_is_not_there_or_not_one_is_not_measured(
     result = call("calibrate")
     assert result.code == 1
     assert "CUDA_VISIBLE_DEVICES" in result.err
+    assert not path.exists()
+
+
+def test_a_reading_that_cannot_be_is_not_stored(
+    measured: None, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(find_gpu("RTX 4090"), name=CARD.gpu)
+    monkeypatch.setattr(run, "installed_gpu", lambda: Hardware("cuda", "", gpu))
+    nothing = Measured("NVML, of this process", CARD.bytes | {CUDA_CONTEXT: 0}, 300, {}, None, None)
+    monkeypatch.setattr(run, "_measure", lambda device, say: nothing)
+    result = call("calibrate")
+    assert result.code == 1
+    assert "too small to have been measured: nothing is stored (NVML, of this process)" in result.err
     assert not path.exists()
 
 

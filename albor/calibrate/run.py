@@ -27,6 +27,7 @@ from albor.memory.calibration import (
     Software,
     as_json,
     calibration_path,
+    check,
     read_calibrations,
 )
 from albor.memory.cards import Hardware
@@ -78,6 +79,10 @@ def calibrate(device: Literal["auto", "cuda", "cpu"], say: Callable[[str], None]
         graph_nodes=measured.graph_nodes,
         details=measured.details,
     )
+    try:
+        check(row)
+    except ValueError as error:
+        raise AlborError(f"what was measured cannot be, {error}: nothing is stored ({row.method})") from error
     store(row, path, say)
     return Outcome(row, path, time.perf_counter() - started)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from albor.memory.cards import Gpu, matching_gpus
 from albor.strictjson import from_json, read_bounded
+from albor.units import MIB
 
 SCHEMA = 1
 VARIABLE = "ALBOR_CALIBRATION"
@@ -21,6 +23,8 @@ VARIABLE = "ALBOR_CALIBRATION"
 CUDA_CONTEXT, LOADED_KERNELS, GRAPHS = "CUDA context", "loaded kernels", "CUDA graphs"
 PROCESS = "Python and torch"
 MEASURED = {"cuda": {CUDA_CONTEXT, LOADED_KERNELS, GRAPHS}, "cpu": {PROCESS}}
+# No context, and no process with torch in it, is as small: a reading below this is none.
+_LEAST, _NEVER_LESS = 16 * MIB, {CUDA_CONTEXT, PROCESS}
 _DRIVER = Path("/sys/module/nvidia/version")  # the kernel module's; there is none in WSL
 
 
@@ -96,6 +100,12 @@ def as_json(rows: tuple[Calibration, ...]) -> dict[str, Any]:
 
 def _row(value: Any) -> Calibration:
     row = Calibration(**value)
+    check(row)
+    return row
+
+
+def check(row: Calibration) -> None:
+    """Raises ValueError or TypeError for what no measurement can have said."""
     texts = (row.device, row.torch, row.date, row.method)
     optional = (row.gpu, row.driver, row.triton, row.cuda)
     if row.device not in MEASURED or (row.device == "cuda") != (row.gpu is not None):
@@ -111,7 +121,13 @@ def _row(value: Any) -> Calibration:
         raise ValueError("a version is no text")
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError("a size is no count of bytes")
-    return row
+    if any(size < _LEAST for name, size in row.bytes.items() if name in _NEVER_LESS):
+        raise ValueError("a size is too small to have been measured")
+    if row.device == "cuda" and not row.graph_nodes:
+        raise ValueError("its graphs have no kernels")
+    if not row.torch:
+        raise ValueError("a version is empty")
+    datetime.fromisoformat(row.date)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What a run takes on its device beside the arena, item by item, each with how its size is known.
 
 What PyTorch takes is computed, by `albor.memory.pytorch`. What the driver takes nobody can compute: it is
-measured by `albor calibrate`. Where that has not been run it is taken from outside.json, which holds what
-other people have published, and a margin is added for what those numbers differ by.
+measured by `albor calibrate`. Where that has not been run it is taken from outside.json, which says of every
+number whether somebody has published it or albor itself makes it out of what is published, and a margin is
+added for what those numbers differ by.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from albor.memory.pytorch import CachingAllocator, cublas_workspace_bytes, cubla
 from albor.units import GIB, MIB
 
 TABLE = Path(__file__).with_name("outside.json")
-SCHEMA = 1
+SCHEMA = 2
 
 TRITON_MODULES = "Triton modules"
 LOCAL_MEMORY = "local-memory pool"
@@ -43,7 +44,8 @@ MARGIN = "margin, not calibrated"
 PREPARATION = "data preparation"
 
 # What is published for one and the same thing, a context, lies between 256 and 512 MiB (outside.json): the
-# driver and the libraries of a card that nobody has measured may take so much more than those that were.
+# driver and the libraries of a card that nobody has measured may take so much more than those that were; one
+# of a generation of which nothing is published, twice that.
 _MARGIN_BYTES = 256 * MIB
 # Beside a quickstart run's arena, torch 2.13 for the CPU on Linux x86-64: 300 MB resident; a first run, which
 # trains the tokenizer too, keeps up to 200 MB more.
@@ -72,12 +74,10 @@ class _Published:
     """A row of outside.json."""
 
     item: str
-    capability: list[int] | None
-    gpu: str | None
-    driver: str | None
-    torch: str | None
+    capability: list[int] | None  # of the card it was read on; None: for every card
     bytes: int
-    source: str
+    own: bool  # albor's own number, and nobody's reading
+    source: str  # card and versions it was read with, and how the number comes out of that
 
 
 def outside(plan: MemoryPlan, gpu: Gpu | None = None) -> dict[str, int]:
@@ -112,9 +112,9 @@ def _beside_process(plan: MemoryPlan, row: Calibration | None) -> Iterator[Item]
     source = "a quickstart run, torch 2.13 for the CPU"
     if row is None:
         yield Item(PROCESS, _PROCESS_BYTES, "estimate", source)
+        yield Item(PREPARATION, _PREPARATION_BYTES, "estimate", f"{source}: its first")
     else:
-        yield Item(PROCESS, row.bytes[PROCESS], "measured", str(row))
-    yield Item(PREPARATION, _PREPARATION_BYTES, "estimate", f"{source}: its first")
+        yield Item(PROCESS, row.bytes[PROCESS], "measured", f"{row}, with its preparation of data")
     yield from _temporaries(plan)
 
 
@@ -138,7 +138,11 @@ def _on_card(plan: MemoryPlan, gpu: Gpu | None, row: Calibration | None) -> Iter
     yield from _from_allocator(plan)
     if row is None:
         reason = "what is published for one context differs by 256 MiB (albor/memory/outside.json)"
-        yield Item(MARGIN, _MARGIN_BYTES, "estimate", reason)
+        if _alike(CUDA_CONTEXT, gpu):
+            yield Item(MARGIN, _MARGIN_BYTES, "estimate", reason)
+        else:
+            reason += ", and none is of such a card: twice that"
+            yield Item(MARGIN, 2 * _MARGIN_BYTES, "estimate", reason)
 
 
 def _from_allocator(plan: MemoryPlan) -> Iterator[Item]:
@@ -175,10 +179,18 @@ def graph_nodes(plan: MemoryPlan) -> int:
 
 def _published(item: str, gpu: Gpu | None) -> Item:
     """Of what is published of `item`, what is for cards like `gpu`; the most, where nothing is."""
-    rows = [row for row in _table() if row.item == item]
-    alike = [row for row in rows if gpu and row.capability == list(gpu.compute_capability)]
-    row = max(alike or rows, key=lambda row: row.bytes)
+    rows = _alike(item, gpu) or [row for row in _table() if row.item == item]
+    row = max(rows, key=lambda row: row.bytes)
     return Item(item, row.bytes, "estimate", row.source)
+
+
+def _alike(item: str, gpu: Gpu | None) -> list[_Published]:
+    """The rows that were read on cards of the generation of `gpu`."""
+    return [
+        row
+        for row in _table()
+        if row.item == item and gpu and row.capability == list(gpu.compute_capability)
+    ]
 
 
 @cache

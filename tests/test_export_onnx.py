@@ -272,7 +272,8 @@ def sees_padding(graph: onnx.GraphProto) -> None:
 
 def mask_without_past(graph: onnx.GraphProto) -> None:
     """Query t sees the keys up to t, whatever came before."""
-    total_minus_new = node_of(graph, "Sub", node_of(graph, "Squeeze", "val_3").output[0])
+    shape = node_of(graph, "Shape", "attention_mask")
+    total_minus_new = node_of(graph, "Sub", node_of(graph, "Squeeze", shape.output[0]).output[0])
     queries = node_of(graph, "Range", total_minus_new.output[0])
     queries.input[0] = add_constant(graph, "nought", 0)
     queries.input[1] = total_minus_new.input[1]

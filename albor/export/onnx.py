@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from albor.export import hf
 from albor.export.card import write_card
 from albor.export.format import CannotCarry, Format, Source
 from albor.export.gate import Runtime, Tolerance
-from albor.export.onnx_model import ExportedModel
+from albor.export.onnx_model import Head, Layer, Stem
 from albor.export.onnx_runtime import OnnxRuntime
 from albor.export.tokenizer_files import write_tokenizer_files
 from albor.export.weights import EMBEDDING, hf_tensors
@@ -84,35 +84,126 @@ def trace(model: Architecture, dtype: torch.dtype) -> Any:
     """The graph, an onnx_ir.Model that is not optimised. Its initializers have the names of the Hugging Face
     layout, and no values.
     """
-    layers = model.num_hidden_layers
-    names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    batch_and_length = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    batch_and_past = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
-    with _quiet(), FakeTensorMode():
-        module = ExportedModel(model, dtype).eval()
-        # A tensor for each: torch.onnx would take one that is given twice for one input.
-        ids, positions = (torch.zeros(_BATCH, _NEW, dtype=torch.int64) for _ in range(2))
-        mask = torch.ones(_BATCH, _PAST + _NEW, dtype=torch.int64)
-        shape = (_BATCH, model.num_key_value_heads, _PAST, model.head_dim)
-        past = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(layers)]
-        program = torch.onnx.export(
-            module,
-            (ids, mask, positions, past),
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=[
-                "input_ids",
-                "attention_mask",
-                "position_ids",
-                *(f"past_key_values.{name}" for name in names),
-            ],
-            output_names=["logits", *(f"present.{name}" for name in names)],
-            dynamic_shapes=(*[batch_and_length] * 3, [(batch_and_past, batch_and_past)] * layers),
+    import onnx_ir as ir
+
+    stem, layer, head = _trace_parts(model, dtype)
+    inputs = [_copy(given, given.name) for given in stem.inputs]
+    nodes, initializers = list[ir.Node](), dict[str, ir.Value]()
+    stream, *shared = _append(nodes, initializers, stem, inputs, "")
+    present = list[ir.Value]()
+    for number in range(model.num_hidden_layers):
+        past = [
+            _copy(given, f"past_key_values.{number}.{part}")
+            for part, given in zip(("key", "value"), layer.inputs[-2:], strict=True)
+        ]
+        stream, *cache = _append(
+            nodes, initializers, layer, [stream, *shared, *past], f"model.layers.{number}."
         )
+        for part, value in zip(("key", "value"), cache, strict=True):
+            value.name = f"present.{number}.{part}"
+        inputs += past
+        present += cache
+    (logits,) = _append(nodes, initializers, head, [stream], "")
+    logits.name = "logits"
+    graph = ir.Graph(
+        inputs=inputs,
+        outputs=[logits, *present],
+        nodes=nodes,
+        initializers=list(initializers.values()),
+        opset_imports={"": OPSET},
+        name="llama",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="albor", producer_version=__version__)
+
+
+def _trace_parts(model: Architecture, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """The graphs of what comes before the layers, of one layer, and of what comes behind.
+
+    torch.onnx takes seconds for a layer, and they are all alike.
+    """
+    width, half, total = model.hidden_size, model.head_dim // 2, _PAST + _NEW
+
+    def ids(length: int) -> torch.Tensor:
+        return torch.zeros(_BATCH, length, dtype=torch.int64)
+
+    # A tensor for each input: torch.onnx would take one that is given twice for one input.
+    with _quiet(), FakeTensorMode():
+        stream = torch.zeros(_BATCH, _NEW, width, dtype=dtype)
+        cos, sin = (torch.zeros(_BATCH, 1, 1, _NEW, half) for _ in range(2))
+        seen = torch.zeros(_BATCH, 1, 1, _NEW, total, dtype=torch.bool)
+        past = (_BATCH, model.num_key_value_heads, _PAST, model.head_dim)
+        keys, values = (torch.zeros(past, dtype=dtype) for _ in range(2))
+        stem = _trace(
+            Stem(model, dtype),
+            {
+                "input_ids": (ids(_NEW), (0, 1)),
+                "attention_mask": (ids(total), (0, 1)),
+                "position_ids": (ids(_NEW), (0, 1)),
+            },
+        )
+        layer = _trace(
+            Layer(model, dtype),
+            {
+                "x": (stream, (0, 1)),
+                "cos": (cos, (0, 3)),
+                "sin": (sin, (0, 3)),
+                "seen": (seen, (0, 3, 4)),
+                "past_keys": (keys, (0, 2)),
+                "past_values": (values, (0, 2)),
+            },
+        )
+        head = _trace(Head(model, dtype), {"x": (stream, (0, 1))})
+    return stem, layer, head
+
+
+def _trace(module: torch.nn.Module, inputs: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]]) -> Any:
+    """The graph of a module, from each input's name, a tensor, and the axes that may have other sizes."""
+    program = torch.onnx.export(
+        module.eval(),
+        tuple(tensor for tensor, _ in inputs.values()),
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        opset_version=OPSET,
+        input_names=list(inputs),
+        dynamic_shapes=tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _, axes in inputs.values()),
+    )
     assert program is not None
-    return program.model
+    return program.model.graph
+
+
+def _append(
+    nodes: list[Any], initializers: dict[str, Any], part: Any, inputs: Sequence[Any], prefix: str
+) -> list[Any]:
+    """Appends a copy of the graph `part`, applied to `inputs`; returns its outputs.
+
+    Its initializers are named `prefix` and their own name; one that is there already is shared.
+    """
+    import onnx_ir as ir
+
+    values = dict(zip(part.inputs, inputs, strict=True))
+    for name, value in part.initializers.items():
+        values[value] = initializers.setdefault(prefix + name, _copy(value, prefix + name))
+    number = len(nodes)
+    for node in part:
+        given = [value if value is None else values[value] for value in node.inputs]
+        copied = ir.Node(
+            node.domain, node.op_type, given, node.attributes.values(), num_outputs=len(node.outputs)
+        )
+        for value, copy in zip(node.outputs, copied.outputs, strict=True):
+            copy.name, copy.type, copy.shape = f"{value.name}_{number}", value.type, value.shape
+            values[value] = copy
+        nodes.append(copied)
+    return [values[value] for value in part.outputs]
+
+
+def _copy(value: Any, name: str) -> Any:
+    """An input or initializer like `value` that belongs to no graph yet. What torch.onnx noted beside it,
+    such as the names of files on this machine, is not copied.
+    """
+    import onnx_ir as ir
+
+    return ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
 
 
 def _tensors(
@@ -134,17 +225,9 @@ def _tensors(
 
 
 def _describe(graph: Any, model: Architecture) -> None:
-    """Names the axes, and takes out what torch.onnx noted, such as the names of files on this machine."""
+    """Gives the axes of inputs and outputs their names."""
     import onnx_ir as ir
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    graph.ir_version = IR_VERSION
-    graph.producer_name, graph.producer_version = "albor", __version__
-    graph.graph.name = "llama"
-    ClearMetadataAndDocStringPass()(graph)
-    values = (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values())
-    for value in values:  # which it passes over
-        value.metadata_props.clear()
     inner = {value for node in graph.graph for value in node.outputs} - set(graph.graph.outputs)
     for value in inner:
         value.shape = value.type = None  # in axes with names of torch.export's; a runtime infers them again

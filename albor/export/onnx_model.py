@@ -1,4 +1,5 @@
-"""The model that is exported to ONNX: one nn.Module, with the cache of keys and values as inputs and outputs.
+"""The model that is exported to ONNX, in the three parts that it is traced in: what comes before the layers,
+a layer with its cache as input and output, and what comes behind.
 
 It is written for the graph that comes of it. Matrices lie as (in, out), so that each projection is one MatMul
 over an initializer, which is what quantisers look for; keys and values are not repeated for the queries that
@@ -7,15 +8,11 @@ share them; norms, rotary positions and the softmax are computed in fp32 whateve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from torch.nn import functional
 
 from albor.architecture import Architecture
-
-Cache = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, (B, K, S, D) each
 
 
 class Norm(nn.Module):
@@ -58,7 +55,7 @@ class Table(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the cache and the new tokens."""
+    """Grouped-query attention over the past tokens and the new ones."""
 
     def __init__(self, model: Architecture, dtype: torch.dtype):
         super().__init__()
@@ -71,11 +68,18 @@ class Attention(nn.Module):
         self.o_proj = Matrix(model.num_attention_heads * self.head_dim, width, dtype)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seen: torch.Tensor, past: Cache
-    ) -> tuple[torch.Tensor, Cache]:
-        """The output (B, T, C), and the cache (B, K, S, D) with the new tokens behind the past ones.
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        seen: torch.Tensor,
+        past_keys: torch.Tensor,
+        past_values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The output (B, T, C), and keys and values (B, K, S, D) of the past and then the new tokens.
 
-        cos and sin are (B, 1, 1, T, D/2); seen (B, 1, 1, T, S) says which keys a query sees.
+        cos and sin are (B, 1, 1, T, D/2); seen (B, 1, 1, T, S) says which keys a query sees; the past is
+        (B, K, S - T, D).
         """
         queries = (self.key_heads, self.group, self.head_dim)
         # (B, K, G, T, D): the G queries that share a key stand together.
@@ -83,12 +87,12 @@ class Attention(nn.Module):
         keys = (self.key_heads, 1, self.head_dim)
         k = rotate(self.k_proj(x).unflatten(-1, keys).permute(0, 2, 3, 1, 4), cos, sin).squeeze(2)
         v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim)).transpose(1, 2)
-        k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+        k, v = torch.cat((past_keys, k), 2), torch.cat((past_values, v), 2)
         scores = (q * self.head_dim**-0.5) @ k.unsqueeze(2).transpose(3, 4)  # (B, K, G, T, S)
         # The lowest number instead of -inf: a padding token sees nothing, and its softmax must not be NaN.
         scores = torch.where(seen, scores.float(), torch.finfo(torch.float32).min)
         mixed = scores.softmax(-1).to(v.dtype) @ v.unsqueeze(2)
-        return self.o_proj(mixed.permute(0, 3, 1, 2, 4).flatten(2)), (k, v)
+        return self.o_proj(mixed.permute(0, 3, 1, 2, 4).flatten(2)), k, v
 
 
 class FeedForward(nn.Module):
@@ -116,60 +120,62 @@ class Layer(nn.Module):
         self.mlp = FeedForward(model, dtype)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seen: torch.Tensor, past: Cache
-    ) -> tuple[torch.Tensor, Cache]:
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        seen: torch.Tensor,
+        past_keys: torch.Tensor,
+        past_values: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Attention`."""
-        mixed, present = self.self_attn(self.input_layernorm(x), cos, sin, seen, past)
+        mixed, k, v = self.self_attn(self.input_layernorm(x), cos, sin, seen, past_keys, past_values)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), present
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
-class Body(nn.Module):
-    """What the Hugging Face layout calls `model`: its parameters have the names of that layout."""
-
-    def __init__(self, model: Architecture, dtype: torch.dtype):
-        super().__init__()
-        self.embed_tokens = Table(model.vocab_size, model.hidden_size, dtype)
-        self.layers = nn.ModuleList(Layer(model, dtype) for _ in range(model.num_hidden_layers))
-        self.norm = Norm(model.hidden_size, model.rms_norm_eps, dtype)
-
-
-class ExportedModel(nn.Module):
-    """Tokens and cache in, logits and cache out. Parameters are not initialised: only the graph is used."""
+class Stem(nn.Module):
+    """What all layers are given. Submodules have the names of the Hugging Face layout, here as below."""
 
     def __init__(self, model: Architecture, dtype: torch.dtype):
         super().__init__()
-        self.model = Body(model, dtype)
-        self.lm_head = (
-            None if model.tie_word_embeddings else Matrix(model.hidden_size, model.vocab_size, dtype)
-        )
         positions, half = model.max_position_embeddings, model.head_dim // 2
+        self.model = nn.ModuleDict({"embed_tokens": Table(model.vocab_size, model.hidden_size, dtype)})
         self.rotary_cos = Table(positions, half, torch.float32)
         self.rotary_sin = Table(positions, half, torch.float32)
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past_key_values: Sequence[Cache],
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Logits (B, T, V) in fp32, then keys and values of each layer, (B, K, S, D).
+        """The stream (B, T, C), cos and sin (B, 1, 1, T, D/2), and seen (B, 1, 1, T, S).
 
         input_ids and position_ids are (B, T); attention_mask (B, S) is 0 where there is padding, over past
-        and new tokens; the past has S - T of them.
+        and new tokens.
         """
         cos, sin = (
             table(position_ids).unsqueeze(1).unsqueeze(1) for table in (self.rotary_cos, self.rotary_sin)
         )
         seen = visible(input_ids.shape[1], attention_mask).unsqueeze(1).unsqueeze(1)
-        x, present = self.model.embed_tokens(input_ids), list[torch.Tensor]()
-        for layer, past in zip(self.model.layers, past_key_values, strict=True):
-            x, cache = layer(x, cos, sin, seen, past)
-            present += cache
-        x = self.model.norm(x)
-        logits = x @ self.model.embed_tokens.weight.T if self.lm_head is None else self.lm_head(x)
-        return logits.float(), *present
+        return self.model["embed_tokens"](input_ids), cos, sin, seen
+
+
+class Head(nn.Module):
+    """The final norm, and the projection to the vocabulary."""
+
+    def __init__(self, model: Architecture, dtype: torch.dtype):
+        super().__init__()
+        self.model = nn.ModuleDict({"norm": Norm(model.hidden_size, model.rms_norm_eps, dtype)})
+        self.lm_head = None
+        if model.tie_word_embeddings:
+            self.model["embed_tokens"] = Table(model.vocab_size, model.hidden_size, dtype)
+        else:
+            self.lm_head = Matrix(model.hidden_size, model.vocab_size, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits (B, T, V), in fp32."""
+        x = self.model["norm"](x)
+        logits = x @ self.model["embed_tokens"].weight.T if self.lm_head is None else self.lm_head(x)
+        return logits.float()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import runpy
 import shutil
 import signal
 from importlib.util import find_spec
@@ -420,6 +421,19 @@ def test_the_card_has_what_albor_eval_stored_of_this_step(run: Path, tmp_path: P
         assert row in text, row
     assert "boolq" not in text, "it was measured on another checkpoint"
     assert "somebody" not in text
+
+
+def test_the_code_in_the_card_runs(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As it stands there, beside a directory with the model's name."""
+    assert export(run, "--to", "hf", "--out", tmp_path / "tiny", "--no-check").code == 0
+    text = (tmp_path / "tiny" / "README.md").read_text()
+    (tmp_path / "card.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    called = runpy.run_path("card.py")
+    assert called["inputs"]["input_ids"][0, 0] == 0, "the text does not begin a document"
+    assert capsys.readouterr().out.startswith("<|endoftext|>Once upon")
 
 
 def test_the_picture_is_one(run: Path, tmp_path: Path):

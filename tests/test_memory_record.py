@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from run_cases import bits, call, events, rows
 
 from albor.configfile import load_config
 from albor.memory.arena import Arena
+from albor.memory.calibration import CUDA_CONTEXT, GRAPHS, LOADED_KERNELS
 from albor.memory.cards import Hardware, find_gpu
 from albor.memory.estimate import Estimate, plan_for_training
 from albor.memory.process import CardProcess, Reading, peak_resident, resident
@@ -25,6 +28,7 @@ from albor.train import memory_record
 from albor.train.memory_record import MemoryRecord
 from albor.train.metrics import MetricsLog
 from albor.train.step import Trainer
+from albor.train.streams import Graphs
 from albor.units import GIB, MIB
 
 RUN = Path("runs/tiny")
@@ -171,6 +175,53 @@ def test_on_a_card_the_allocator_and_what_is_beside_it_are_told_apart(
         assert parts[item.name]["how"] == f"not told apart from the rest of {place}"
 
 
+@pytest.mark.parametrize("steps", [0, 2, 10])
+def test_context_kernels_and_graphs_are_told_apart(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _Allocator(monkeypatch, reserved=64 * MIB, most=66 * MIB)
+    how = "NVML, of this process"
+    card = _Card(Reading(594 * MIB, how), Reading(600 * MIB, how))
+    record, target = on_a_card(tmp_path, card, context=Reading(430 * MIB, how))
+    if steps:
+        record.before_capture()  # within the first step, where it has many micro-batches
+    for step in range(1, steps + 1):
+        record.after_step(step)
+    record.after_step(steps + 1)
+    record.at_end(steps + 1)
+    parts = events(tmp_path, "memory")[-1]["components"]
+    planned = {item.name: item.bytes for item in target.outside_items}
+    expected = {
+        CUDA_CONTEXT: 430 * MIB,
+        LOADED_KERNELS: 100 * MIB if steps else None,  # 594 less 64 of the allocator and 430 of the context
+        GRAPHS: 6 * MIB if steps else None,
+    }
+    for name, size in expected.items():
+        assert (parts[name]["planned"], parts[name]["measured"]) == (planned[name], size), name
+    if steps:
+        assert "Triton modules are within it" in parts[LOADED_KERNELS]["how"]
+        beside = parts["beside the allocator"]["measured"]
+        assert sum(parts[name]["measured"] for name in expected) == beside == 536 * MIB
+    assert card.asked <= 5
+
+
+def test_a_run_reads_before_its_first_capture(monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext(done.append("capture")))
+    graphs = Graphs(SimpleNamespace())  # type: ignore[arg-type]
+    graphs.before_capture = lambda: done.append("read")
+    for name in ("a", "a", "b", "b", "a"):
+        graphs.run(name, lambda name=name: done.append(name))  # type: ignore[misc]
+    assert done == ["a", "read", "capture", "a", "replay", "b", "capture", "b", "replay", "replay"]
+
+
 def test_what_the_driver_does_not_say_is_null_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -200,7 +251,7 @@ def test_rows_ask_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_reading_costs_next_to_nothing(tmp_path: Path):
     target = Estimate.of(make_config(), Hardware("cpu", "CPU"))
     clock = itertools.count()
-    record = MemoryRecord(target, Arena(target.plan), MetricsLog(tmp_path), None, lambda: next(clock))
+    record = MemoryRecord(target, Arena(target.plan), MetricsLog(tmp_path), None, clock=lambda: next(clock))
     began = time.perf_counter()
     for _ in range(100):
         record.row()

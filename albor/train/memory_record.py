@@ -1,9 +1,11 @@
 """What a run was planned to take, beside what it takes: `memory/*` in every row, and an event `memory`.
 
 The event comes after the tenth step of a process, when every kernel has been used, evaluations and samples
-of these steps included, and when the process ends. It names every component that the plan has, with `planned`
-and `measured` bytes and `how` the second was read. What cannot be read is null, with the reason.
-`albor vram-estimate --audit` shows it.
+of these steps included, and when the process ends. On a card the context, the kernels that have been loaded
+and the captured graphs are told apart as `albor calibrate` does it, by what the process has beside
+PyTorch's allocator at three times: with its context alone, before the first capture, and after the third
+step. It names every component that the plan has, with `planned` and `measured` bytes and `how` the second
+was read. What cannot be read is null, with the reason. `albor vram-estimate --audit` shows it.
 
 Nothing here waits for the device, and for a row it and the system are asked once a second at most.
 """
@@ -20,12 +22,15 @@ import torch
 
 from albor.memory.arena import Arena
 from albor.memory.audit import ARENA, END, EVENT, PEAK, PROCESS, TENTH_STEP
+from albor.memory.calibration import CUDA_CONTEXT, GRAPHS, LOADED_KERNELS
 from albor.memory.estimate import Estimate
+from albor.memory.outside import TRITON_MODULES
 from albor.memory.plan import Place
 from albor.memory.process import CardProcess, Reading, peak_resident, resident
 from albor.train.metrics import MetricsLog
 
 STEPS_UNTIL_STEADY = 10
+_STEPS_UNTIL_CAPTURED = 3  # a piece of work is captured when it comes a second time
 _SECONDS_BETWEEN_READINGS = 1.0  # for rows
 
 
@@ -37,7 +42,9 @@ class _Component:
 
 
 class MemoryRecord:
-    """Holds the plan of a process's training against what it has. `card` is None on a CPU."""
+    """Holds the plan of a process's training against what it has. `card` is None on a CPU; `context` is what
+    the process had on it when it had used nothing of it but a context.
+    """
 
     def __init__(
         self,
@@ -45,12 +52,16 @@ class MemoryRecord:
         arena: Arena,
         log: MetricsLog,
         card: CardProcess | None,
+        context: Reading | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._target, self._arena, self._log, self._card, self._clock = target, arena, log, card, clock
         self._row: dict[str, float | None] = {}
         self._row_from = -math.inf
         self._steps = 0
+        self._context = None if context is None else context.bytes
+        self._before_capture: int | None = None
+        self._captured: int | None = None
         self._largest: int | None = None  # of the readings so far
         self._peak_before = peak_resident().bytes
 
@@ -69,9 +80,15 @@ class MemoryRecord:
             }
         return self._row
 
+    def before_capture(self) -> None:
+        """Comes once, before the first CUDA graph is captured."""
+        self._before_capture = self._beside()
+
     def after_step(self, step: int) -> None:
         """Counts the process's steps, of which the last was the run's `step`."""
         self._steps += 1
+        if self._steps == _STEPS_UNTIL_CAPTURED and self._before_capture is not None:
+            self._captured = self._beside()
         if self._steps == STEPS_UNTIL_STEADY:
             self._write(step, TENTH_STEP)
 
@@ -105,7 +122,7 @@ class MemoryRecord:
             within = "the allocator" if item.pooled else "what is beside it" if self._card else "the process"
             found[item.name] = _Component(item.bytes, None, part + within)
         if self._card is not None:
-            found |= self._of_the_card(process)
+            found |= self._of_the_card(process) | self._of_stages()
         required = target.required_bytes
         found[PROCESS] = _Component(required, process.bytes, process.how)
         if self._card is None:
@@ -131,6 +148,28 @@ class MemoryRecord:
                 beside, rest, "the process less torch.cuda.memory_reserved" if process.bytes else process.how
             ),
         }
+
+    def _of_stages(self) -> dict[str, _Component]:
+        """The driver's items, as far as the process has come."""
+        planned = {item.name: item.bytes for item in self._target.outside_items}
+        context, before, captured = self._context, self._before_capture, self._captured
+        found = {}
+        if context is not None:
+            found[CUDA_CONTEXT] = (context, "NVML, when the context was all")
+            if before is not None:
+                how = "what was added before the first capture, beside the allocator"
+                if TRITON_MODULES in planned:
+                    how += "; the Triton modules are within it"
+                found[LOADED_KERNELS] = (before - context, how)
+        if before is not None and captured is not None:
+            how = f"what was added from the first capture to step {_STEPS_UNTIL_CAPTURED}"
+            found[GRAPHS] = (captured - before, how)
+        return {name: _Component(planned[name], max(0, size), how) for name, (size, how) in found.items()}
+
+    def _beside(self) -> int | None:
+        """What the process has of the card beyond PyTorch's allocator."""
+        size = self._process().bytes
+        return None if size is None else size - torch.cuda.memory_reserved()
 
     def _slab(self, place: str) -> int:
         return self._arena.slabs[place].untyped_storage().nbytes()

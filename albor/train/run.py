@@ -110,7 +110,11 @@ def run_training(
     if device == "cuda" and not torch.cuda.is_available():
         remedy = "install a driver that PyTorch finds, or set device to cpu"
         raise ConfigError([Problem("device", "cuda, but PyTorch finds no CUDA device here", remedy)])
-    card = CardProcess() if device == "cuda" else None  # before anything else uses the card
+    card = context = None
+    if device == "cuda":
+        card = CardProcess()  # before anything else uses the card
+        torch.cuda.synchronize()  # which makes the context
+        context = card.read()
     stop.limit.set(config, checkpoint_bytes(plan))
     with claim(directory, say) as alone:
         log = MetricsLog(directory, on_failure=say)
@@ -139,7 +143,8 @@ def run_training(
                 console, config.steps, first_step=session.state.step, title=config.name, json=as_json
             )
             log.on_failure = display.message
-            memory = MemoryRecord(target, session.trainer.arena, log, card)
+            memory = MemoryRecord(target, session.trainer.arena, log, card, context)
+            session.trainer.before_capture(memory.before_capture)
             for row in log.events():  # earlier processes have timed saves on this disk
                 if row.get("event") == "checkpoint" and isinstance(row.get("seconds"), float):
                     stop.limit.expect_save(row["seconds"])

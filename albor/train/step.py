@@ -7,7 +7,7 @@ nothing is read back to the host except the loss and the gradient norm, once, at
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -199,6 +199,12 @@ class Trainer:
             self._graphs.run(("micro-batch", adds), lambda: self._forward_backward(adds))
         else:
             self._forward_backward(adds)
+
+    def before_capture(self, call: Callable[[], None]) -> None:
+        """Has `call` called once, before the first CUDA graph is captured: all kernels of a micro-batch have
+        been used by then. Without a GPU that is never.
+        """
+        self._graphs.before_capture = call
 
     def _forward_backward(self, adds: bool) -> None:
         accumulator, run = self.accumulator, self._graphs.run

@@ -123,6 +123,7 @@ class Graphs:
         self._seen: set[Any] = set()
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self._inside = False
+        self.before_capture: Callable[[], None] | None = None  # called once, before the first capture
         # What a piece allocates for a moment it shares with the others: they never run at the same time.
         self._pool = None if stream is None else torch.cuda.graph_pool_handle()
 
@@ -140,6 +141,9 @@ class Graphs:
                 work()
                 self._seen.add(key)
                 return
+            if self.before_capture is not None:
+                call, self.before_capture = self.before_capture, None
+                call()
             graph = torch.cuda.CUDAGraph()
             # Other threads may wait and copy meanwhile: that concerns no stream of ours.
             with (

@@ -174,8 +174,9 @@ class Head(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The logits (B, T, V), in fp32."""
         x = self.model["norm"](x)
-        logits = x @ self.model["embed_tokens"].weight.T if self.lm_head is None else self.lm_head(x)
-        return logits.float()
+        if self.lm_head is not None:
+            return self.lm_head(x).float()
+        return (x @ self.get_parameter("model.embed_tokens.weight").T).float()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,9 @@ MADE = (
     "corpus/",
 )  # what a run writes or reads, not the repository
 # Of files whose names look like dotted keys: model.safetensors, tokenizer.model
-SUFFIXES = ("json", "jsonl", "md", "py", "yaml", "resolved", "safetensors", "model")
+SUFFIXES = (
+    "json", "jsonl", "md", "py", "yaml", "resolved", "safetensors", "model", "onnx", "onnx_data", "gguf",
+)  # fmt: skip
 
 
 def every_page(test):

@@ -239,6 +239,19 @@ def test_what_a_program_raises_is_a_finding(own: AlborRuntime):
     assert told.closed
 
 
+def test_a_shortage_of_memory_is_no_finding(own: AlborRuntime):
+    """It says nothing of the export, and the command explains it."""
+
+    class Large(Told):
+        def logits(self, tokens: Sequence[int]) -> np.ndarray:
+            raise MemoryError
+
+    told = Large(own)
+    with pytest.raises(MemoryError):
+        compare(own, told)
+    assert told.closed
+
+
 def test_a_program_that_is_not_installed_is_no_finding(own: AlborRuntime):
     def missing() -> Runtime:
         raise NotInstalled("program", "extra")

@@ -138,7 +138,6 @@ def _check(source: Source, format: Format, directory: Path, dtype: str, check: b
     tolerance = format.tolerance(dtype)
     if not check:
         return Gate("none", (), tolerance, "--no-check was given")
-    report(f"checking {format.name}", 0, None)
     own = AlborRuntime(source.loaded, source.stop_ids)
     before = own.look_before() if _loses(source, format, dtype) else None
     for piece in layout(source.architecture):
@@ -147,7 +146,13 @@ def _check(source: Source, format: Format, directory: Path, dtype: str, check: b
     context = source.architecture.max_position_embeddings
     try:
         return compare(
-            own, format.program, lambda: format.open_runtime(directory, dtype), context, tolerance, before
+            own,
+            format.program,
+            lambda: format.open_runtime(directory, dtype),
+            context,
+            tolerance,
+            before,
+            on_check=lambda check: report(f"checking {format.name}: {check}", 0, None),
         )
     except NotInstalled as missing:
         return Gate("none", (), tolerance, str(missing))

@@ -20,6 +20,7 @@ from albor import __version__
 from albor.data.tokenizer import Tokenizer
 from albor.export.rounding import Before, log_softmax, look_before, spread
 from albor.generate.load import Loaded
+from albor.memory.shortage import is_out_of_memory
 from albor.model.decode import Decoder
 
 GREEDY_TOKENS = 64
@@ -210,6 +211,7 @@ def compare(
     context: int,
     tolerance: Tolerance,
     before: Before | None = None,
+    on_check: Callable[[str], None] = lambda check: None,
 ) -> Gate:
     """Holds the program that `open_runtime` starts against `own`, which has the weights as the export has
     them.
@@ -217,7 +219,8 @@ def compare(
     `context` is the number of positions of the model; `before` is what was known of it before its weights
     were rounded, None where nothing was lost. Whatever the program raises is a finding: an export that it
     cannot load is no export. Only what `open_runtime` raises to say that there is no program goes through
-    (`NotInstalled`), and what ends the process.
+    (`NotInstalled`), a shortage of memory, and what ends the process. `on_check` is told each check as it
+    begins.
     """
     runtime: Runtime | None = None
     name, rows = program, list[Row]()
@@ -229,17 +232,22 @@ def compare(
     )
     try:
         check = "loads"
+        on_check(check)
         runtime = open_runtime()
         name = f"{runtime.name} {runtime.version}"
         for check, function in checks:
+            on_check(check)
             compared, found, passed = function(own, runtime, context, tolerance)
             rows.append(Row(check, compared, found, passed))
         if before is not None:
             check = "rounding"
+            on_check(check)
             rows.append(Row(check, *_compare_rounding(own, runtime, before)))
     except NotInstalled:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         rows.append(Row(check, "", reason[:_LONGEST_REASON], passed=False))
     finally:
@@ -252,8 +260,9 @@ Finding = tuple[str, str, bool]  # compared, found, passed
 
 
 def texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """What tokenisation is compared on: the corpus, each of its lines in all, and every piece of the
-    vocabulary."""
+    """What tokenisation is compared on: the corpus, in parts and as one; the vocabulary's pieces, in lines
+    and as one.
+    """
     yield from CORPUS
     yield "".join(CORPUS)
     pieces = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))

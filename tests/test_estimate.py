@@ -16,14 +16,15 @@ from rich.console import Console
 from albor.config import RunConfig, check_algebra
 from albor.configfile import load_config
 from albor.errors import ConfigError, DoesNotFit
-from albor.memory.cards import Hardware
+from albor.memory.cards import Hardware, find_gpu
 from albor.memory.estimate import Estimate, check_fits, estimate, plan_for_training
-from albor.memory.report import run_estimate
+from albor.memory.report import render, run_estimate
+from albor.memory.suggest import apply, as_overrides
 from albor.units import GIB, MIB
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 KEYS = {
-    *("calibrated", "outside_sources", "cost"),
+    *("calibrated", "outside_sources", "cost", "notes"),
     *("parameters", "flops_per_token", "tokens_per_step", "device_bytes", "pinned_bytes", "host_bytes"),
     *("capacity_bytes", "fits", "capacity_source", "groups", "outside", "holders", "buffers"),
     *("peak_phase", "phases", "device", "compute_dtype", "attention", "suggestions"),
@@ -117,6 +118,38 @@ def test_suggestions_are_the_smallest_changes() -> None:
     assert third.overrides == "train.recompute=cheap"
 
 
+def test_a_suggestion_is_one_that_would_be_accepted() -> None:
+    """One sequence at a time would take more micro-batches than a step can have."""
+    most = 2**63 - 1
+    overrides = (f"train.micro_batch_size={most}", "train.gradient_accumulation_steps=2")
+    config = _config("pretrain-350m", *overrides)
+    two = {"train.micro_batch_size": 2, "train.gradient_accumulation_steps": most}
+    enough = estimate(apply(config, two)).required_bytes
+    fitting, tight = (estimate(config, vram=size).suggestions for size in (enough, enough - 1))
+    assert as_overrides(two) in [suggestion.overrides for suggestion in fitting]
+    assert tight
+    for suggestion in tight:
+        _config("pretrain-350m", *overrides, *suggestion.overrides.split())
+
+
+def test_every_setting_is_tried_where_a_smaller_one_needs_more() -> None:
+    """One sequence of flash attention needs more than two: the others are tried too."""
+    config = make_config(
+        num_hidden_layers=1, hidden_size=512, num_attention_heads=4, num_key_value_heads=1,
+        intermediate_size=256, vocab_size=512, max_position_embeddings=4096, sequence_length=4096,
+        micro_batch_size=16, gradient_accumulation_steps=1, head_chunk_tokens=256, attention="flash",
+    )  # fmt: skip
+    two, one = (
+        {"train.micro_batch_size": size, "train.gradient_accumulation_steps": 16 // size} for size in (2, 1)
+    )
+    enough, more = (estimate(apply(config, change), "RTX 4090").required_bytes for change in (two, one))
+    assert more > enough
+    card = find_gpu("RTX 4090")
+    tight = Estimate.of(config, Hardware("cuda", card.name, card, enough))
+    assert tight.fits is False
+    assert as_overrides(two) in [suggestion.overrides for suggestion in tight.suggestions]
+
+
 def test_a_model_that_is_too_large_is_said_to_be() -> None:
     code, text = _run(_config("pretrain-350m"), vram=2 * GIB)
     assert code == 4
@@ -177,6 +210,11 @@ def test_on_the_cpu_all_places_are_one() -> None:
 def test_a_card_without_bf16_is_named() -> None:
     assert "use train.precision=fp16" in (estimate(_config("quickstart"), "T4").fallback or "")
     assert estimate(_config("quickstart", "train.precision=fp16"), "T4").fallback is None
+    assert len(estimate(_config("quickstart"), "T4").notes) == 1
+    half, shown = estimate(_config("quickstart", "train.precision=fp16"), "V100 16GB"), io.StringIO()
+    assert half.notes == ["torch for CUDA 13 does not know V100 16GB: install one built for CUDA 12."]
+    render(half, Console(file=shown, width=80))
+    assert half.notes[0] in shown.getvalue()
     assert estimate(_config("quickstart"), "L4").peak_flops == 121e12
     assert estimate(_config("quickstart", "train.precision=fp32"), "L4").peak_flops is None
 

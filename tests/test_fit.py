@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shlex
 from dataclasses import replace
 from functools import lru_cache
@@ -27,7 +28,7 @@ from albor.units import GIB
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGE = CONFIGS / "pretrain-350m.yaml"
-CASES_TRIED = 20
+CASES_TRIED = 30
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +76,18 @@ def _random_case(number: int) -> tuple[Estimate, Fit, list[tuple[Choice, int]]]:
         recompute=rng.choice(["none", "cheap", "block"]),
         head_chunk_tokens=rng.choice([None, None, 100]),
     )
-    card = rng.choice([find_gpu(name) for name in ("3060 12GB", "RTX 4090", "H100", "B200", "5090", "T4")])
+    card = rng.choice(
+        [find_gpu(name) for name in ("3060 12GB", "RTX 4090", "H100", "B200", "5090", "T4")]
+    )
     options = Options(state=rng.random() < 0.3)
+    if number >= 20:  # a library's attention, whose scratch may shrink as the micro-batch grows
+        card = rng.choice([find_gpu(name) for name in ("RTX 4090", "H100", "RTX 5090")])
+        backend = rng.choice(["flash", "flash", "cudnn"])
+        config = apply(config, {
+            "model.max_position_embeddings": 4096, "data.sequence_length": rng.choice([1024, 4096]),
+            "data.document_mask": False, "train.attention": backend,
+            "train.deterministic": backend == "flash" and rng.random() < 0.7,
+        })  # fmt: skip
     # In every second case the link is so slow that it matters when the sums come back.
     with pytest.MonkeyPatch.context() as patch:
         if number % 2:
@@ -103,12 +114,14 @@ def _solve(
 def test_nothing_that_was_searched_is_better(number: int):
     given, found, all_of_them = _random_case(number)
     assert found.tried == len(all_of_them)
+    # A T4 has no bf16.
+    always = {"train.precision"} if "T4" in given.hardware.description else set()
     for choice, bound in all_of_them:
         assert bound <= choice.estimate.required_bytes
         assert check_algebra(choice.estimate.config) == []
         assert choice.estimate.config.tokens_per_step == given.config.tokens_per_step
         assert choice.estimate.config.optimizer.state_dtype == "fp32" or found.options.state
-        assert set(choice.change) <= {
+        assert always <= set(choice.change) <= always | {
             "train.micro_batch_size", "train.gradient_accumulation_steps", "train.accumulator",
             "train.recompute", "train.head_chunk_tokens", "optimizer.state_dtype",
         }  # fmt: skip
@@ -139,6 +152,34 @@ def test_the_cases_above_are_varied():
     assert sum(fit.smallest_near is not None for fit in found) >= 5
     assert len({choice.estimate.config.train.recompute for choice in best}) >= 2
     assert {choice.estimate.plan.accumulator for choice in best} == {"cpu", "gpu"}
+    attention = [choice.estimate.plan.attention.backend for choice in best]
+    assert min(attention.count(backend) for backend in ("triton", "flash", "cudnn")) >= 2
+    # What a bound on the micro-batch alone would get wrong: fewer sequences that need more.
+    shrinks = 0
+    for number in range(20, CASES_TRIED):
+        sizes: dict[object, dict[int, int]] = {}
+        for choice, _ in _random_case(number)[2]:
+            config = choice.estimate.config
+            rest = (config.train.recompute, choice.estimate.plan.accumulator, config.train.head_chunk_tokens)
+            needs = sizes.setdefault(rest, {})
+            needs[config.train.micro_batch_size] = choice.estimate.required_bytes
+        ordered = [[needs[batch] for batch in sorted(needs)] for needs in sizes.values()]
+        shrinks += any(needs != sorted(needs) for needs in ordered)
+    assert shrinks >= 3
+
+
+@pytest.mark.parametrize("number", [24, 28])
+def test_fewer_sequences_of_flash_attention_may_need_more(number: int):
+    """With few of them the keys are split, and dQ has several sums. On a card that just holds one of the
+    configurations, those with a larger micro-batch than one that does not fit are looked at all the same.
+    """
+    given, found, all_of_them = _random_case(number)
+    for room in sorted({choice.estimate.required_bytes for choice, _ in all_of_them}):
+        here = replace(given, hardware=replace(given.hardware, capacity_bytes=room))
+        best = find_fit(here, found.options).best
+        assert best is not None
+        fitting = [choice for choice, _ in all_of_them if choice.estimate.required_bytes <= room]
+        assert best.order == min(choice.order for choice in fitting)
 
 
 def test_one_that_turns_out_slower_than_it_could_be_is_no_obstacle(monkeypatch: pytest.MonkeyPatch):
@@ -168,6 +209,14 @@ def test_a_bound_spares_most_plans():
         assert fit.planned <= most
 
 
+def test_more_micro_batches_than_a_step_can_have_are_no_candidates():
+    config = _config(f"train.micro_batch_size={2**63 - 1}", "train.gradient_accumulation_steps=2")
+    candidates = list(_Search(estimate(config, "RTX 4090"), Options())._candidates(1024))
+    counts = {candidate.config.train.gradient_accumulation_steps for candidate in candidates}
+    assert 2**63 - 1 in counts  # two sequences at a time; one at a time would be 2**64 - 2
+    assert max(counts) == 2**63 - 1
+
+
 def test_many_sequences_have_few_micro_batches():
     fit = _fit("train.micro_batch_size=1", f"train.gradient_accumulation_steps={2**40}")
     assert fit.tried < 500
@@ -190,6 +239,8 @@ CASES = [
     (("--gpu", "H100"), ("train.head_chunk_tokens=4096", "train.recompute=block")),
     (("--vram", "7.5GiB"), ()),
     (("--gpu", "T4"), ("train.precision=fp16",)),
+    (("--gpu", "T4"), ()),
+    (("--gpu", "V100 32GB", "--fit-state"), ("optimizer.state_dtype=bf16",)),
     (("--gpu", "RTX 3060 12GB", "--fit-state"), ("model.num_hidden_layers=40",)),
     (("--vram", "7GiB", "--fit-sequence"), LONG),
 ]
@@ -291,6 +342,19 @@ def test_recomputation_that_is_not_needed_is_given_up():
     assert fit.best is not None
     assert fit.best.change["train.recompute"] == "none"
     assert fit.costs["train.recompute"] > 0.1
+
+
+def test_a_card_without_bf16_gets_fp16():
+    page = _page(LARGE, "--gpu", "T4", "--fit").out
+    assert re.search(r"^    precision: fp16 +# no bf16 on this card$", page, re.MULTILINE)
+    code, answer = _json(LARGE, "--gpu", "T4", "--fit", "optimizer.state_dtype=bf16")
+    assert code == 0
+    assert answer["fit"]["chosen"]["changes"]["train.precision"] == "fp16"
+    assert answer["fit"]["chosen"]["state_dtype"] == "fp32"
+    assert (
+        "train.precision"
+        not in _json(LARGE, "--gpu", "T4", "--fit", "train.precision=fp32")[1]["fit"]["chosen"]["changes"]
+    )
 
 
 def test_nothing_fits():

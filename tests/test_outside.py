@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,12 +18,16 @@ import torch
 from helpers import make_config
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.console import Console
 from run_cases import call, write_project
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from albor.configfile import load_config
+from albor.errors import ConfigError
 from albor.memory import outside as module
 from albor.memory.arena import Arena
 from albor.memory.cards import GPUS, Gpu, find_gpu
+from albor.memory.estimate import estimate
 from albor.memory.outside import (
     CUBLAS,
     CUBLASLT,
@@ -44,9 +49,11 @@ from albor.memory.pytorch import (
     cublaslt_workspace_bytes,
     pin_cublas_workspace,
 )
+from albor.memory.report import render
 from albor.train.streams import NoStreams
 from albor.units import GIB, KIB, MIB
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 VARIABLES = (
     *(CUBLAS_VARIABLE, "CUBLASLT_WORKSPACE_SIZE", "TORCH_CUBLASLT_UNIFIED_WORKSPACE"),
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
@@ -138,6 +145,40 @@ def test_divisions_are_read_as_pytorch_reads_them() -> None:
     assert allocator.expandable_segments
     expected = {32: 8, 64: 8, 128: 2, 256: 4, 512: 2, 1024: 4, 2048: 1, 4096: 1, 8192: 1}
     assert {size: allocator.divisions[size.bit_length() - 1] for size in expected} == expected
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("large_segment_size_mb:0", "large_segment_size_mb:²", "large_segment_size_mb:1.5"),
+        *("large_segment_size_mb:", "roundup_power2_divisions:²", "roundup_power2_divisions:[256:2;>:4]"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_an_error(option: str, variable: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        CachingAllocator.configured({variable: f"max_split_size_mb:40,{option}"})
+    (problem,) = refusal.value.problems
+    assert problem.key == variable
+    assert problem.message.startswith(option)
+    assert problem.remedy
+
+
+def test_another_allocator_is_said_to_be_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(CONFIGS / "pretrain-50m.yaml")
+    native = estimate(config, "RTX 4090")
+    assert native.notes == []
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
+    other = estimate(config, "RTX 4090")
+    assert ["cudaMallocAsync" in note for note in other.notes] == [True]
+    assert other.as_json()["notes"] == other.notes
+    assert "cudaMallocAsync" in other.as_json()["outside_sources"][ROUNDING]["source"]
+    bases = {name: row["basis"] for name, row in other.as_json()["outside_sources"].items()}
+    assert (bases[ROUNDING], bases[CUBLAS]) == ("estimate", "computed")
+    out = io.StringIO()
+    render(other, Console(file=out, width=80))
+    assert other.notes[0] in out.getvalue()
+    assert f"{ROUNDING} (estimate)" in out.getvalue()
 
 
 @pytest.mark.parametrize(

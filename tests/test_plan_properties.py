@@ -132,6 +132,56 @@ def test_what_is_to_save_memory_does(seed: int) -> None:
     assert chunks == sorted(chunks)
 
 
+# Of all that a card must hold, beside the arena too, the same is true but for so many bytes.
+
+_SEGMENT = 10 * 2**20  # a slab of 9 MiB gets a segment of 20, and one of 10 MiB one of 10
+_PAGE = 2 * 2**20
+_FLASH = 64 * 2**20  # what more sequences or longer ones save: no partial results by key, fewer sums of dQ
+
+
+def of_card(keys: Mapping[str, Any]) -> Estimate:
+    return Estimate.of(make_config(**keys), card("RTX 4090"))
+
+
+def slack(before: Estimate) -> int:
+    """What first fit leaves unused, and what PyTorch's allocator rounds up."""
+    gaps = before.plan.groups.get("gaps", 0)
+    return gaps + (_SEGMENT if before.device_bytes < _SEGMENT else _PAGE if gaps else 0)
+
+
+@pytest.mark.parametrize("attention", ["triton", "flash"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_more_of_anything_takes_no_less_of_a_card(seed: int, attention: str) -> None:
+    keys = drawn(seed) | {"attention": attention}
+    if attention == "flash":
+        keys["document_mask"] = False
+    before = of_card(keys)
+    for key, larger in LARGER.items():
+        value = larger(keys)
+        if key == "hidden_size":  # flash takes heads of whole eights
+            value = keys[key] + 8 * keys["num_attention_heads"]
+        after = of_card(keys | {key: value})
+        scratch = sum(before.plan.temporaries.values()) - sum(after.plan.temporaries.values())
+        assert scratch <= (_FLASH if attention == "flash" else 0), key
+        assert before.required_bytes - after.required_bytes <= slack(before) + max(0, scratch), key
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_is_to_save_memory_saves_it_on_a_card(seed: int) -> None:
+    """With one or two layers it may cost some: a second set of one block's activations, or the buffers in
+    which its gradients leave and come back.
+    """
+    keys = drawn(seed)
+    few = keys["num_hidden_layers"] <= 2
+    none, cheap, block = (of_card(keys | {"recompute": mode}) for mode in MODES)
+    of_a_block = none.plan.groups["activations"] // keys["num_hidden_layers"]
+    assert cheap.required_bytes - none.required_bytes <= slack(cheap)
+    assert block.required_bytes - cheap.required_bytes <= slack(block) + few * of_a_block
+    on_device, on_host = (of_card(keys | {"accumulator": place}) for place in ("gpu", "cpu"))
+    gradients = on_host.plan.groups["gradients"]
+    assert on_host.required_bytes - on_device.required_bytes <= slack(on_host) + few * gradients
+
+
 @pytest.mark.parametrize("seed", SEEDS[::3])
 def test_an_evaluation_batch_of_its_own(seed: int) -> None:
     """It costs nothing while its phase holds less than the peak, and beyond, its own phase grows."""

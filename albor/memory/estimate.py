@@ -5,21 +5,31 @@ No torch: the answer comes in the time that Python and pydantic take to start.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from albor.architecture import Architecture
 from albor.config import RunConfig
 from albor.errors import ConfigError, DoesNotFit, Problem
-from albor.memory.attention import choose_attention
+from albor.memory.attention import AttentionChoice, choose_attention
 from albor.memory.cards import Device, Hardware, find_gpu
 from albor.memory.cost import Cost
 from albor.memory.devices import compute_dtype, falls_back, resolve_accumulator, this_machine
-from albor.memory.outside import CUDA_PROCESS_BYTES, Item, calibration_for, calibration_note, outside_items
-from albor.memory.plan import MemoryPlan, plan_training
+from albor.memory.outside import (
+    CUDA_PROCESS_BYTES,
+    ROUNDING,
+    Item,
+    calibration_for,
+    calibration_note,
+    outside_items,
+)
+from albor.memory.plan import MemoryPlan, least_device_bytes, plan_training, training_temporaries
+from albor.memory.pytorch import CachingAllocator
 from albor.memory.suggest import Suggestion, apply, nearest_fits
 from albor.units import format_bytes
+
+_CUDA_13_LEAST = (7, 5)  # the oldest capability that CUDA 13 compiles for
 
 
 @dataclass(frozen=True)
@@ -60,10 +70,25 @@ class Estimate:
         """What one should know of the dtype: that it is not the configured one, or that it will be slow."""
         if falls_back(self.config.train.precision, self.plan.compute_dtype):
             return "This CPU has no bf16 instructions: bf16 is computed in fp32."
-        gpu = self.hardware.gpu
-        if gpu is not None and gpu.compute_capability < (8, 0) and self.plan.compute_dtype == "bfloat16":
-            return f"{gpu.name} has no bf16 instructions: use train.precision=fp16."
+        if self.lacks_bf16:
+            return f"{self.hardware.description} has no bf16 instructions: use train.precision=fp16."
         return None
+
+    @property
+    def lacks_bf16(self) -> bool:
+        """Whether the run computes in bf16 on a card that has no instructions for it."""
+        gpu = self.hardware.gpu
+        return gpu is not None and gpu.compute_capability < (8, 0) and self.plan.compute_dtype == "bfloat16"
+
+    @property
+    def notes(self) -> list[str]:
+        """What one should know before one relies on the verdict."""
+        gpu, notes = self.hardware.gpu, [self.fallback] if self.fallback else []
+        if gpu is not None and gpu.compute_capability < _CUDA_13_LEAST:
+            notes.append(f"torch for CUDA 13 does not know {gpu.name}: install one built for CUDA 12.")
+        if self.device == "cuda" and not CachingAllocator.configured().is_native:
+            notes.append("cudaMallocAsync is configured: what it takes beside the plan is an estimate.")
+        return notes
 
     @property
     def peak_flops(self) -> float | None:
@@ -110,6 +135,24 @@ class Estimate:
         elif self.hardware.unified:
             needed += self.required_host_bytes
         return needed
+
+    def least_required_bytes(
+        self, config: RunConfig, accumulator: Literal["cpu", "gpu"], attention: AttentionChoice
+    ) -> int:
+        """What `config` needs at least here, in a fraction of the time of planning it. It has this one's
+        model and precision; what lies beside its arena may be less than this one's.
+        """
+        dtype = self.plan.compute_dtype
+        arena = least_device_bytes(config, self.device, dtype, accumulator, attention)
+        temporaries = training_temporaries(config, self.device, dtype, attention)
+        return arena + sum(temporaries.values()) + self._least_outside
+
+    @cached_property
+    def _least_outside(self) -> int:
+        """What no batch and no recomputation changes; of the sums' places, that with fewer graphs."""
+        plan = replace(self.plan, accumulator="cpu")
+        items = outside_items(plan, self.hardware.gpu)
+        return sum(item.bytes for item in items if item.name not in {ROUNDING, *plan.temporaries})
 
     @property
     def required_host_bytes(self) -> int:
@@ -161,7 +204,16 @@ class Estimate:
         if self.fits is not False:
             return ()
 
+        capacity = self.hardware.capacity_bytes
+        capability = self.hardware.gpu.compute_capability if self.hardware.gpu else None
+
         def required(config: RunConfig) -> int | None:
+            attention = choose_attention(config, self.device, capability)
+            given = config.train.accumulator
+            places: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu") if given == "auto" else (given,)
+            least = min(self.least_required_bytes(config, place, attention) for place in places)
+            if capacity is not None and least > capacity:
+                return None  # most end here
             changed = Estimate.of(config, self.hardware)
             return changed.required_bytes if changed.fits else None
 
@@ -205,6 +257,7 @@ class Estimate:
                 item.name: {"basis": item.basis, "source": item.source} for item in self.outside_items
             },
             "cost": self.cost.as_json(),
+            "notes": self.notes,
             "suggestions": [
                 {"overrides": s.overrides, "required_bytes": s.required_bytes} for s in self.suggestions
             ],

@@ -24,10 +24,9 @@ from albor.memory.attention import AttentionChoice, choose_attention
 from albor.memory.cards import Hardware
 from albor.memory.devices import compute_dtype
 from albor.memory.estimate import Estimate
-from albor.memory.plan import MemoryPlan, head_chunk_tokens, least_device_bytes
+from albor.memory.plan import MemoryPlan, head_chunk_tokens, training_temporaries
 from albor.memory.speed import SpeedModel
-from albor.memory.suggest import Change, apply, as_overrides
-from albor.units import MIB
+from albor.memory.suggest import Change, apply, as_overrides, is_valid
 
 MODES = ("none", "cheap", "block")
 NEAR = 0.05  # of the best speed: within that, the configuration with the least memory is shown too
@@ -35,7 +34,6 @@ _LARGEST_MICRO_BATCH = 4096  # sequences
 _CHUNKS = tuple(2**n for n in range(9, 13))  # head chunks on a GPU: 512 to 4,096 tokens
 _FULL_CARD = 16_384  # tokens of a micro-batch that a GPU is taken to be busy with, where no speed is known
 _SHORTEST_SEQUENCE = 128
-_ROUNDING = 64 * MIB  # more than the allocator rounds up by
 
 Order = tuple[float, ...]  # by which configurations are ranked; the first is seconds where they are modelled
 
@@ -158,13 +156,17 @@ class Fit:
         """The lines of the file to change for the best, by section, each with what it does to the speed."""
         lines: list[str] = []
         section = None
-        for key, value in (self.best.change if self.best else {}).items():
+        change = self.best.change if self.best else {}
+        # A section stands once; the sort leaves keys of one in their order.
+        for key, value in sorted(change.items(), key=lambda item: item[0].partition(".")[0]):
             if key.partition(".")[0] != section:
                 section = key.partition(".")[0]
                 lines.append(f"{section}:")
             line = f"  {key.partition('.')[2]}: {value}"
             if key in self.costs:
                 line = f"{line:<36}# {self.costs[key]:+.1%} speed"
+            elif key == "train.precision":
+                line = f"{line:<36}# no bf16 on this card"
             lines.append(line)
         return lines
 
@@ -205,7 +207,13 @@ class _Search:
     def __init__(self, given: Estimate, options: Options):
         self.given, self.options = given, options
         self.hardware: Hardware = given.hardware
-        self.dtype = compute_dtype(given.config.train.precision, given.device)
+        self._always: Change = {}  # what every candidate changes
+        if given.lacks_bf16:
+            self._always = {"train.precision": "fp16"}
+            if given.config.optimizer.state_dtype == "bf16":
+                self._always["optimizer.state_dtype"] = "fp32"
+        precision = apply(given.config, self._always).train.precision
+        self.dtype = compute_dtype(precision, given.device)
         on_gpu = given.device == "cuda"
         self.speed = SpeedModel.of(self.hardware.gpu, self.dtype) if on_gpu else None
         self.planned = 0
@@ -228,8 +236,8 @@ class _Search:
             other = self._best([c for c in candidates if c.config.train.micro_batch_size != batch])
             near = self._smallest_near(best, candidates)
         else:
-            least = min(tried, key=lambda c: (c.config.data.sequence_length, c.config.train.micro_batch_size))
-            alike = [c for c in tried if c.batch == least.batch]
+            shortest = min(c.config.data.sequence_length for c in tried)
+            alike = [c for c in tried if c.config.data.sequence_length == shortest]
             smallest = self._choice(min(alike, key=self._bound).change)
             if not self.options.state and self._may_round():
                 with_state = _Search(self.given, Options(True, self.options.sequence)).run().best
@@ -269,12 +277,16 @@ class _Search:
         states = ["fp32", "bf16"] if self.options.state and self._may_round() else [None]
         places = [True, False] if device == "cuda" else [self.given.plan.accumulator == "gpu"]
         for micro_batch in _micro_batches(sequences, train.micro_batch_size):
-            batch: Change = {} if longer == 1 else {"data.sequence_length": length}
+            batch = dict(self._always)
+            if longer != 1:
+                batch["data.sequence_length"] = length
             if micro_batch != train.micro_batch_size:
                 batch["train.micro_batch_size"] = micro_batch
             if sequences // micro_batch != train.gradient_accumulation_steps:
                 batch["train.gradient_accumulation_steps"] = sequences // micro_batch
             split = apply(config, batch)
+            if not is_valid(split):  # as many micro-batches as no step can have
+                continue
             attention = self._attention(split)
             rows = micro_batch * length
             for chunk in _chunks(split, device):
@@ -291,8 +303,8 @@ class _Search:
                         for state in states:
                             kept = {"optimizer.state_dtype": "bf16"} if state == "bf16" else {}
                             change = {**batch, **place, **again, **head, **kept}
-                            if change == {"train.accumulator": self.given.plan.accumulator}:
-                                change = {}  # auto comes to that by itself
+                            if change == {**self._always, "train.accumulator": self.given.plan.accumulator}:
+                                change = dict(self._always)  # auto comes to that by itself
                             changed = apply(config, change)
                             soonest = self._order(changed, on_device, attention, chunk, early=True)
                             yield Candidate(change, changed, on_device, attention, chunk, soonest)
@@ -351,7 +363,11 @@ class _Search:
         return best
 
     def _possible(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those whose micro-batch is not too large at any chunk. Memory grows with it, so few bounds tell."""
+        """Those whose micro-batch is not too large at any chunk. Bounds grow with it, so few of them tell;
+        but where a library's attention has scratch of its own, which may be less for more sequences.
+        """
+        if any(self._temporaries(candidate) for candidate in candidates):
+            return list(candidates)
         most: dict[tuple[Any, ...], int] = {}
         groups: dict[tuple[Any, ...], dict[int, Candidate]] = {}
         for candidate in candidates:
@@ -411,21 +427,12 @@ class _Search:
         """Bytes that the configuration needs at least."""
         if candidate not in self._bounds:
             where: Literal["cpu", "gpu"] = "gpu" if candidate.sums_on_device else "cpu"
-            arena = least_device_bytes(
-                candidate.config, self.given.device, self.dtype, where, candidate.attention
-            )
-            self._bounds[candidate] = arena + self._beside
+            base = self._choice(self._always).estimate
+            self._bounds[candidate] = base.least_required_bytes(candidate.config, where, candidate.attention)
         return self._bounds[candidate]
 
-    @cached_property
-    def _beside(self) -> int:
-        """What lies beside the arena of the smallest configuration, and so of any, less what is rounding."""
-        smallest = {
-            "model.num_hidden_layers": 1, "train.micro_batch_size": 1, "train.recompute": "block",
-            "train.head_chunk_tokens": 1,
-        }  # fmt: skip
-        estimate = Estimate.of(apply(self.given.config, smallest), self.hardware)
-        return max(0, sum(estimate.outside.values()) - _ROUNDING)
+    def _temporaries(self, candidate: Candidate) -> dict[str, int]:
+        return training_temporaries(candidate.config, self.given.device, self.dtype, candidate.attention)
 
 
 def _returns_early(plan: MemoryPlan) -> bool:

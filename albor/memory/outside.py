@@ -161,7 +161,12 @@ def _from_allocator(plan: MemoryPlan) -> Iterator[Item]:
     reserved = allocator.reserved([arena, 1]) + allocator.reserved([cublas, lt, 1])
     reserved += sum(allocator.reserved([size]) for size in plan.temporaries.values())
     rounding = reserved - arena - cublas - lt - sum(plan.temporaries.values())
-    yield Item(ROUNDING, rounding, "computed", "CUDACachingAllocator.cpp", True)
+    if allocator.is_native:
+        yield Item(ROUNDING, rounding, "computed", "CUDACachingAllocator.cpp", True)
+    else:
+        yield Item(
+            ROUNDING, rounding, "estimate", f"as the native allocator's, not {allocator.backend}'s", True
+        )
 
 
 def _temporaries(plan: MemoryPlan) -> Iterator[Item]:

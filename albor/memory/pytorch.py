@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
+from albor.errors import ConfigError, Problem
 from albor.units import KIB, MIB
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
@@ -24,6 +25,7 @@ _CUBLAS_MOST_BY_DEFAULT = 32 * MIB
 _SMALL, _MIDDLE = 1 * MIB, 10 * MIB  # kSmallSize, kMinLargeAlloc
 _BLOCK, _PAGE = 512, 2 * MIB  # kMinBlockSize; kSmallBuffer and kRoundLarge
 _INTERVALS = 16  # kRoundUpPowerOfTwoIntervals
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def pin_cublas_workspace(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -59,23 +61,34 @@ class CachingAllocator:
     # Requests are rounded up to one of so many steps from a power of two to the next; 0 and 1: they are not.
     # One number for each power of two, from 1 MiB on.
     divisions: tuple[int, ...] = (0,) * _INTERVALS
+    backend: str = "native"
 
     @classmethod
     def configured(cls, environment: Mapping[str, str] = os.environ) -> CachingAllocator:
         """By PYTORCH_ALLOC_CONF or, where that is not set, PYTORCH_CUDA_ALLOC_CONF.
 
-        Options that only decide what is reused or given back take no more memory than this says. Not priced
-        is `backend:cudaMallocAsync`, which is another allocator; `albor doctor` says so.
+        Options that only decide what is reused or given back take no more memory than this says. Another
+        allocator, `backend:cudaMallocAsync`, is priced as this one; see `is_native`. Raises ConfigError for
+        sizes that PyTorch refuses too.
         """
         names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-        text = "".join(next((environment[name] for name in names if environment.get(name)), "").split())
+        name = next((name for name in names if environment.get(name)), names[0])
+        text = "".join(environment.get(name, "").split())
         options = dict(re.findall(r"(\w+):(\[[^\]]*\]|[^,\[\]]*)", text))
-        large = options.get("large_segment_size_mb", "")
+        large = options.get("large_segment_size_mb", "20")
+        if not _NUMBER.fullmatch(large) or not int(large):
+            raise _refusal(name, f"large_segment_size_mb:{large} is no number of MiB above zero", "write 20")
         return cls(
             expandable_segments=options.get("expandable_segments") == "True",
-            large_segment=int(large) * MIB if large.isdigit() else 20 * MIB,
-            divisions=_divisions(options.get("roundup_power2_divisions", "")),
+            large_segment=int(large) * MIB,
+            divisions=_divisions(options.get("roundup_power2_divisions", "0"), name),
+            backend=options.get("backend", "native"),
         )
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is the allocator that is modelled here."""
+        return self.backend == "native"
 
     def round(self, size: int) -> int:
         """The block that a request of `size` bytes gets."""
@@ -117,12 +130,16 @@ def _whole(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _divisions(option: str) -> tuple[int, ...]:
+def _divisions(option: str, variable: str) -> tuple[int, ...]:
     """Of `8`, or `[256:1,512:2,>:4]` with the MiB at which each begins; the first holds below it too."""
-    if option.isdigit():
+    if _NUMBER.fullmatch(option):
         return (int(option),) * _INTERVALS
+    pairs = re.findall(r"([0-9]{1,9}|>):([0-9]{1,9})", option)
+    if option != "[" + ",".join(f"{start}:{value}" for start, value in pairs) + "]":
+        example = "write 8, or [256:1,512:2,>:4]"
+        raise _refusal(variable, f"roundup_power2_divisions:{option} is not understood", example)
     found, end = [0] * _INTERVALS, 0
-    for number, (start, value) in enumerate(re.findall(r"(\d+|>):(\d+)", option)):
+    for number, (start, value) in enumerate(pairs):
         if start == ">":
             found[end:] = [int(value)] * (_INTERVALS - end)
             break
@@ -131,3 +148,7 @@ def _divisions(option: str) -> tuple[int, ...]:
         end = index + 1
         found[begin:end] = [int(value)] * (end - begin)
     return tuple(found)
+
+
+def _refusal(variable: str, message: str, remedy: str) -> ConfigError:
+    return ConfigError([Problem(variable, message, remedy, "environment")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def render(estimate: Estimate, console: Console, *, advise: bool = True) -> None
     config, plan = estimate.config, estimate.plan
     _print(console, f"{config.name} on {estimate.hardware.description}", "bold")
     _print(console, f"{estimate.architecture.parameter_count:,} parameters, {plan.compute_dtype}")
-    if estimate.fallback:
-        _print(console, estimate.fallback, "yellow")
+    for note in estimate.notes:
+        _print(console, note, "yellow")
 
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(min_width=34)
@@ -71,7 +72,13 @@ def render(estimate: Estimate, console: Console, *, advise: bool = True) -> None
     if estimate.held:
         _print(console, f"Held     {estimate.held}")
     if estimate.hardware.gpu and estimate.hardware.gpu.source != MEASURED:
-        _print(console, f"Capacity {estimate.hardware.gpu.source}")
+        # A source is words or an address, which stays whole.
+        source = f"Capacity {estimate.hardware.gpu.source}"
+        wrapped = textwrap.wrap(
+            source, 80, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False
+        )
+        for line in wrapped:
+            _print(console, line)
     console.print()
     for cost_line in _cost_lines(estimate):
         _print(console, cost_line)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from albor.config import RunConfig
+from pydantic import ValidationError
+
+from albor.config import RunConfig, check_algebra
 from albor.memory.plan import head_chunk_tokens
 
 MOST = 5
@@ -33,60 +34,45 @@ def nearest_fits(
     """Up to five changes that fit, the smallest first: single ones, pairs, all together, a shorter sequence.
 
     A step has as many tokens after each change as before it; all but the last leave what is learnt as it is.
-    `required` is the bytes that a configuration needs, None where it does not fit.
+    `required` is the bytes that a configuration needs, None where it does not fit. Every setting is tried:
+    a smaller one may need more, see docs/memory.md.
     """
-
     attempts: dict[str, Suggestion | None] = {}
 
     def attempt(change: Change) -> Suggestion | None:
         change = _with_whole_chunk(config, change)
         overrides = as_overrides(change)
         if overrides not in attempts:
-            size = required(apply(config, change))
+            changed = apply(config, change)
+            size = required(changed) if is_valid(changed) else None
             attempts[overrides] = None if size is None else Suggestion(overrides, size)
         return attempts[overrides]
 
-    def mildest(changes: list[Change]) -> Suggestion | None:
-        return None if (place := _first_that_fits(changes, attempt)) is None else attempt(changes[place])
+    def mildest(changes: Iterable[Change]) -> Suggestion | None:
+        return next(filter(None, map(attempt, changes)), None)
 
-    found: list[Suggestion | None] = []
     levers = [lever for lever in _levers(config, device) if lever]
-    everything: Change = {key: value for lever in levers for key, value in lever[-1].items()}
-    # Sums in host memory save the device's, and may be too much for the host's.
-    in_place = {key: value for key, value in everything.items() if key != "train.accumulator"}
-    enough = attempt(everything) or attempt(in_place)
-    if enough:  # else no lever alone is, and no two of them
-        found = [mildest(lever) for lever in levers]
-        # A pair is of interest where neither half is enough.
-        weak = [lever for lever, suggestion in zip(levers, found, strict=True) if suggestion is None]
-        found += [_mildest_pair(one, other, attempt) for one, other in itertools.combinations(weak, 2)]
+    found = [mildest(lever) for lever in levers]
+    # A pair is of interest where neither half is enough.
+    weak = [lever for lever, suggestion in zip(levers, found, strict=True) if suggestion is None]
+    found += [mildest(_pairs(one, other)) for one, other in itertools.combinations(weak, 2)]
     if config.train.accumulator == "cpu":  # what helps where it is the host's memory that is short
         found.append(attempt({"train.accumulator": "gpu"}))
     if not any(found):
+        everything: Change = {key: value for lever in levers for key, value in lever[-1].items()}
+        # Sums in host memory save the device's, and may be too much for the host's.
+        in_place = {key: value for key, value in everything.items() if key != "train.accumulator"}
+        enough = attempt(everything) or attempt(in_place)
         smallest = mildest([everything | c for c in _shorter_sequences(apply(config, everything))])
-        found = [enough or (smallest and mildest(_shorter_sequences(config))), smallest]
+        found = [enough or mildest(_shorter_sequences(config)), smallest]
     return tuple(dict.fromkeys(filter(None, found)))[:MOST]
 
 
-Attempt = Callable[[Change], Suggestion | None]  # None: does not fit
-
-
-def _first_that_fits(changes: list[Change], attempt: Attempt) -> int | None:
-    """The place of the first of `changes` that fits, each of which saves more than the one before it."""
-    # Where the last is not enough, the others need not be tried.
-    if not changes or attempt(changes[-1]) is None:
-        return None
-    return bisect_left(changes, True, hi=len(changes) - 1, key=lambda change: attempt(change) is not None)
-
-
-def _mildest_pair(one: list[Change], other: list[Change], attempt: Attempt) -> Suggestion | None:
-    """Of the pairs that fit, the first by the sum of their places."""
-    best, most = None, len(one) + len(other)  # which that sum is below
-    for place, change in enumerate(one[:most]):
-        pairs = [change | second for second in other[: max(0, most - place)]]
-        if (second := _first_that_fits(pairs, attempt)) is not None:
-            best, most = attempt(pairs[second]), place + second
-    return best
+def _pairs(one: list[Change], other: list[Change]) -> list[Change]:
+    """Of each a change, the mildest first: by the sum of their places."""
+    places = itertools.product(range(len(one)), range(len(other)))
+    in_turn = sorted(places, key=lambda pair: (sum(pair), pair))
+    return [one[first] | other[second] for first, second in in_turn]
 
 
 def _levers(config: RunConfig, device: str) -> Iterator[list[Change]]:
@@ -137,6 +123,15 @@ def apply(config: RunConfig, change: Change) -> RunConfig:
             update={section: getattr(config, section).model_copy(update={name: value})}
         )
     return config
+
+
+def is_valid(config: RunConfig) -> bool:
+    """Whether a changed configuration would be accepted from a file: `apply` itself does not look."""
+    try:
+        RunConfig.model_validate(config.model_dump())
+    except ValidationError:
+        return False
+    return not check_algebra(config)
 
 
 def as_overrides(change: Change) -> str:

@@ -984,12 +984,15 @@ def _read_prompt(prompt: str) -> str:
 
 
 def _read_capacity(size: str) -> int:
-    from albor.units import parse_bytes
+    from albor.units import parse_capacity
 
     try:
-        capacity: int = parse_bytes(size)
+        capacity = parse_capacity(size)
     except ValueError as error:
         raise ConfigError([Problem("--vram", str(error), where="command line")]) from error
+    if not capacity:
+        message = f"{size.strip()} is less than a byte"
+        raise ConfigError([Problem("--vram", message, "write for example 24GiB", "command line")])
     if capacity < 2**20 and not size.strip()[-1].isalpha():
         message, remedy = f"{capacity:,} bytes hold no model", f"did you mean {size.strip()}GiB?"
         raise ConfigError([Problem("--vram", message, remedy, "command line")])

@@ -19,7 +19,7 @@ _HUMAN = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>[A-Za-z]*)\s*")
 _LARGEST = 2**63 - 1  # what a tensor's size and a file's offset can be
 
 
-def _parse_human(value: Any, units: dict[str, int], example: str) -> Any:
+def _parse_human(value: Any, units: dict[str, int], example: str, *, round_down: bool = False) -> Any:
     """`value` as an int where it is a number with one of `units`; the rest is for pydantic to refuse."""
     if isinstance(value, float) and value.is_integer():
         return int(value)  # 1e6 is a float in YAML, and a perfectly clear count
@@ -31,9 +31,9 @@ def _parse_human(value: Any, units: dict[str, int], example: str) -> Any:
     if match is None or factor is None:
         raise ValueError(f"{shown} is not a number that is understood here; write for example {example}")
     exact = Fraction(match["number"].replace("_", "")) * factor  # in floats, 1.005K is 1004.9999999999999
-    if exact.denominator != 1:
+    if exact.denominator != 1 and not round_down:
         raise ValueError(f"{shown} is not a whole number; write for example {example}")
-    return exact.numerator
+    return exact.numerator // exact.denominator
 
 
 def parse_count(value: Any) -> Any:
@@ -44,6 +44,14 @@ def parse_count(value: Any) -> Any:
 def parse_bytes(value: Any) -> Any:
     """A number of bytes: `200MB` (200,000,000), `24GiB` (24 x 2^30), or a plain number of bytes."""
     return _parse_human(value, _SIZE_UNITS, "200MB or 24GiB")
+
+
+def parse_capacity(text: str) -> int:
+    """Bytes that are available, as they are printed: `9.39GiB` is no whole number of them, and what is left
+    over holds nothing.
+    """
+    capacity: int = _parse_human(text, _SIZE_UNITS, "24GiB", round_down=True)
+    return capacity
 
 
 def _human_schema(minimum: int, unit: str) -> WithJsonSchema:

@@ -605,13 +605,23 @@ def prepare(wanted: Iterable[Shape], work: Path, say: Callable[[str], None]) -> 
     say(f"data of {len(first)} kinds are ready")
 
 
+def expression(text: str) -> re.Pattern[str]:
+    """Of `--only`."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--only", metavar="NAMES", help="shapes, by a regular expression")
+    parser.add_argument(
+        "--only", metavar="NAMES", type=expression, default="", help="shapes, by a regular expression"
+    )
     parser.add_argument("--limit-seconds", type=float, default=float("inf"))
     parser.add_argument("--shape-timeout", type=float, default=300.0, metavar="SECONDS")
     parser.add_argument("--text", metavar="FILES", help="text to train on; by default Python's own library")
@@ -639,13 +649,16 @@ def main(given: Sequence[str]) -> int:
         say(f"benchmarks/memory.py: {here.description}; run it on a GPU, or with --device cpu")
         return 2
     every = [*shapes(device, options.text), *(edges(device, here, options.text) if device == "cuda" else [])]
-    wanted = [shape for shape in every if re.search(options.only or "", shape.name)]
+    wanted = [shape for shape in every if re.search(options.only, shape.name)]
     room = here.capacity_bytes or 0
     needs = {shape.name: Estimate.of(shape.config, here).required_bytes for shape in wanted}
     too_large = [shape.name for shape in wanted if needs[shape.name] > room]
     for name in too_large:
         say(f"{name}: {format_bytes(needs[name])} needed, more than {here.description}; left out")
     wanted = [shape for shape in wanted if shape.name not in too_large]
+    if not wanted:
+        say(f"benchmarks/memory.py: of {len(every)} shapes none is left; leave out --only, or see --list")
+        return 2
     if options.list:
         print("\n".join(f"{shape.name:<32}{needs[shape.name] / MIB:>12,.1f} MiB" for shape in wanted))
         return 0

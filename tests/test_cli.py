@@ -125,6 +125,9 @@ def test_every_command_refuses_a_bad_configuration(command: str, config: Path):
         (["train"], "Missing argument"),
         (["vram-estimate", LARGE, "--gpu", "RTX 4900"], "did you mean RTX 4090"),
         (["vram-estimate", LARGE, "--vram", "much"], "command line: --vram: "),
+        (["vram-estimate", LARGE, "--vram", "9.39"], "did you mean 9.39GiB?"),
+        (["vram-estimate", LARGE, "--vram", "0"], "0 is less than a byte; write for example 24GiB"),
+        (["vram-estimate", LARGE, "--vram", "0GiB"], "0GiB is less than a byte"),
         (["vram-estimate", LARGE, "--vram", "24"], "24 bytes hold no model; did you mean 24GiB?"),
         (["vram-estimate", LARGE, "--vram", "8GiB", "--gpu", "L4"], "give --gpu or --vram"),
         (["vram-estimate", LARGE, "device=cpu", "--gpu", "L4"], "ask about a GPU"),
@@ -161,6 +164,9 @@ def test_what_does_not_fit_is_4():
     assert "Fits: " in large.out
     assert "Does not fit: " in small.out
     assert "train.recompute=block" in small.out
+    # As a page prints it, which is no whole number of bytes; the rest of one holds nothing.
+    pasted = json_object(call("vram-estimate", LARGE, "--vram", "20.39GiB", "--json"))
+    assert pasted["capacity_bytes"] == 21_893_595_791
 
 
 def test_ctrl_c_before_the_training(config: Path, monkeypatch: pytest.MonkeyPatch):

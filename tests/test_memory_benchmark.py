@@ -367,6 +367,23 @@ def test_a_cpus_run_is_measured_for_real(corpus: str, tmp_path: Path, capsys: py
     assert json.loads((tmp_path / "runs/memory/memory-cpu.json").read_text())["shapes"] == [found]
 
 
+@pytest.mark.parametrize("options", [(), ("--list",)])
+def test_names_that_no_shape_has_leave_no_record(
+    options: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["--device", "cpu", "--only", "351m", *options]) == 2
+    assert "none is left; leave out --only" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--device", "cpu", "--only", "[350m"])
+    assert ended.value.code == 2
+    assert "'[350m' is no regular expression" in capsys.readouterr().err
+
+
 def test_text_that_is_not_there_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AlborError, match=r"the data cannot be prepared: albor: .*nothing-here"):

@@ -123,6 +123,32 @@ def test_greedy_tokens_are_those_of_decoding_without_a_cache(shape: dict[str, ob
     assert cached.tolist() == uncached.tolist()
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_one_token_at_a_time_computes_what_a_chunk_does(shape: dict[str, object]) -> None:
+    """In fp32, to its rounding; the paths share no more than the weights and the cache."""
+    model = make_model(shape, "float32")
+    tokens, decoder = random_tokens(model), Decoder(model, model.arena)
+    whole = decoder.feed_for_each(tokens).clone()
+    decoder.reset()
+    singly = torch.stack([decoder.feed_one(int(token)).clone() for token in tokens])
+    # Sums of at most 64 products; three layers of them.
+    assert (singly - whole).abs().max() < 64 * 3 * torch.finfo(torch.float32).eps * whole.abs().max()
+    assert decoder.length == CONTEXT
+
+
+def test_what_is_rewound_is_read_again() -> None:
+    model = make_model(SHAPES["grouped"])
+    tokens, decoder = random_tokens(model), Decoder(model, model.arena)
+    decoder.feed(tokens[:9])
+    expected = decoder.feed(tokens[9:12]).clone()
+    decoder.feed(tokens[12:])
+    decoder.rewind(9)
+    assert torch.equal(decoder.feed(tokens[9:12]), expected)
+    for length in (-1, 13):
+        with pytest.raises(ValueError, match="12 tokens are read"):
+            decoder.rewind(length)
+
+
 def test_bfloat16_stays_near_float64() -> None:
     wide, narrow = make_model(SHAPES["grouped"]), make_model(SHAPES["grouped"], "bfloat16")
     narrow.arena["weights"].copy_(wide.arena["weights"])

@@ -143,10 +143,8 @@ def write(
         else:
             logits = decoder.feed_one(tokens[-1])
         # A vocabulary may be larger than its tokenizer's; nothing is written with the ids beyond.
-        token = sample(
-            logits[:vocab_size],
-            settings.temperature, settings.top_k, settings.top_p, uniform_for(settings.seed, index),
-        )  # fmt: skip
+        uniform = uniform_for(settings.seed, index) if settings.temperature else 0.0
+        token = sample(logits[:vocab_size], settings.temperature, settings.top_k, settings.top_p, uniform)
         if token in ends:
             stop_reason = ends[token]
             break

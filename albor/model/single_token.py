@@ -50,6 +50,7 @@ class SingleToken:
         self._keys_across = self._keys.transpose(2, 3)
         self._scores = arena["sample.scores"].view(-1)
 
+    @torch.inference_mode()  # a call is cheaper where nobody will ask for a gradient
     def read(self, token: int, position: int) -> torch.Tensor:
         """Appends `token` to the cache at `position`; returns the logits (V,) of what follows it."""
         stream, normed, qkv = self._stream, self._normed, self._qkv

@@ -1,0 +1,231 @@
+"""Writing on a CPU, beside llama.cpp: the quickstart's model, the same weights, the same thread counts.
+
+    python benchmarks/decode.py             # writes benchmarks/results/decode.json, prints a table
+    python benchmarks/decode.py --rounds 2 --tokens 64 --no-write
+
+It measures what one waits for: 256 greedy tokens after a short prompt, sampling and text included, the prompt
+aside, as `albor generate` and llama.cpp's server report it. The weights are random, for the speed does not
+depend on them, and rounded to bf16, so that every file holds the same values. llama.cpp reads what `albor
+export --to gguf` writes, through xllamacpp, with its default settings but one slot and no prompt cache.
+
+Turns alternate, and a round's ratio is between neighbours. A shared machine changes the figures of both by
+more than the ratio: rerun it where nothing else runs, and look at the range.
+
+    albor fp32      what albor generate does: fp32 arithmetic, whatever the weights were trained in
+    albor bf16      bf16 arithmetic, as the model was trained; not what albor generate does on a CPU
+    llama.cpp F32, BF16   by the type of the file's matrices
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import xllamacpp
+
+import albor
+from albor import checkpoint
+from albor.architecture import Architecture
+from albor.config import RunConfig
+from albor.configfile import dump_config, load_config
+from albor.data.prepare import prepare_tokenizer
+from albor.data.tokenizer import Tokenizer
+from albor.export.format import open_source
+from albor.export.gguf import write_gguf
+from albor.generate.generate import generate
+from albor.generate.load import load_checkpoint, load_to_write
+from albor.memory.arena import Arena
+from albor.memory.plan import plan_inference
+from albor.model.decode import Decoder
+from albor.model.parameters import initialise, named_tensors
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "def "
+GOAL = 0.8
+PAIRS = (("albor fp32", "llama.cpp F32"), ("albor fp32", "llama.cpp BF16"), ("albor bf16", "llama.cpp BF16"))
+
+Turn = Callable[[int], float]  # tokens to write -> tokens per second
+
+
+def make_run(config: RunConfig, tokenizer: Tokenizer, directory: Path) -> Path:
+    """A checkpoint of initial weights, in bf16."""
+    architecture = Architecture.from_config(config.model)
+    arena = Arena(plan_inference(config, "cpu", "bfloat16"), "cpu")
+    initialise(arena, architecture, config.seed)
+    weights = named_tensors(arena["weights"], architecture)
+    # An end of document would end the text: its logit is 0 then, and is never the likeliest.
+    weights["embedding.tokens"][list(tokenizer.special_ids.values())] = 0
+    files = {"config.yaml": dump_config(config).encode(), tokenizer.file_name: tokenizer.model}
+    state = {"step": 0, "tokens": 0}
+    retention = checkpoint.Retention(keep_last=1)
+    return checkpoint.save(directory / "checkpoints", 0, {"weights": weights}, state, files, retention)
+
+
+def albor_turn(decoder: Decoder, tokenizer: Tokenizer) -> Turn:
+    def turn(count: int) -> float:
+        generation = generate(decoder, tokenizer, PROMPT, max_tokens=count, temperature=0.0)
+        assert len(generation.tokens) == count, "the text ended by itself"
+        speed = generation.tokens_per_second
+        assert speed is not None
+        return speed
+
+    return turn
+
+
+def llama_turn(path: Path, threads: int, context: int) -> Turn:
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(path)
+    settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = context, 1, 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+    settings.verbosity = -1
+    server = xllamacpp.Server(settings)
+
+    def turn(count: int) -> float:
+        answer = server.handle_completions(
+            {
+                "prompt": PROMPT,
+                "n_predict": count,
+                "temperature": 0,
+                "ignore_eos": True,
+                "cache_prompt": False,
+            }
+        )
+        timings = answer["timings"]
+        assert timings["predicted_n"] == count, "the text ended by itself"
+        return float(timings["predicted_per_second"])
+
+    return turn
+
+
+def measure(threads: int, turns: dict[str, Turn], rounds: int, count: int) -> dict[str, Any]:
+    """Medians of every system, and of the ratios of PAIRS, over alternating turns."""
+    torch.set_num_threads(threads)
+    for turn in turns.values():
+        turn(count)
+    speeds: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            speeds[name].append(turn(count))
+    ratios = {pair: [a / b for a, b in zip(*(speeds[name] for name in pair), strict=True)] for pair in PAIRS}
+    return {
+        "tokens_per_second": {name: round(statistics.median(values)) for name, values in speeds.items()},
+        "ranges": {name: [round(min(values)), round(max(values))] for name, values in speeds.items()},
+        "ratios": {
+            f"{ours} / {theirs}": {
+                "median": round(statistics.median(values), 3),
+                "range": [round(min(values), 3), round(max(values), 3)],
+            }
+            for (ours, theirs), values in ratios.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--no-write", action="store_true")
+    arguments = parser.parse_args()
+
+    load_before = os.getloadavg()
+    threads = sorted({1, os.cpu_count() or 1})
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        config = load_config(ROOT / "configs" / "quickstart.yaml", [f"data.cache_dir={directory}/data"])
+        tokenizer, _ = prepare_tokenizer(config)
+        path = make_run(config, tokenizer, directory)
+        source = open_source(path)
+        files = {"F32": "fp32", "BF16": "bf16"}
+        for name, dtype in files.items():
+            write_gguf(source, directory / f"{name}.gguf", dtype, None, lambda stage, done, total: None)
+        loaded = load_to_write(path)
+        usual = torch.get_num_threads()  # what albor generate takes for this model
+        narrow = load_checkpoint(path, "cpu", dtype="bfloat16")
+        ours = {
+            "albor fp32": albor_turn(Decoder(loaded.model, loaded.arena), tokenizer),
+            "albor bf16": albor_turn(Decoder(narrow.model, narrow.arena), tokenizer),
+        }
+        found = {}
+        for number in threads:
+            context = config.model.max_position_embeddings
+            theirs = {
+                f"llama.cpp {name}": llama_turn(directory / f"{name}.gguf", number, context) for name in files
+            }
+            systems = {**ours, **theirs}
+            order = ("albor fp32", "llama.cpp F32", "albor bf16", "llama.cpp BF16")
+            turns = {name: systems[name] for name in order}
+            found[str(number)] = measure(number, turns, arguments.rounds, arguments.tokens)
+    for number, result in found.items():
+        print(f"{number} thread{'s' * (number != '1')}")
+        for name, speed in result["tokens_per_second"].items():
+            low, high = result["ranges"][name]
+            print(f"  {name:<30} {speed:>7,} tokens/s  ({low:,} to {high:,})")
+        for name, ratio in result["ratios"].items():
+            print(
+                f"  {name:<30} {ratio['median']:>7.2f}           ({ratio['range'][0]} to {ratio['range'][1]})"
+            )
+    best = {
+        name: max(result["tokens_per_second"][name] for result in found.values())
+        for name in found["1"]["tokens_per_second"]
+    }
+    as_used = found[str(usual)]["tokens_per_second"]["albor fp32"]
+    goals = {
+        f"albor generate ({usual} thread{'s' * (usual > 1)}) / best of llama.cpp {name}": round(
+            as_used / best[f"llama.cpp {name}"], 3
+        )
+        for name in files
+    }
+    for name, ratio in goals.items():
+        print(f"{name}: {ratio} (goal {GOAL})")
+    if not arguments.no_write:
+        record = ROOT / "benchmarks" / "results" / "decode.json"
+        content = {
+            **environment(arguments, load_before), "goal": GOAL, "as_used": goals, "by_threads": found,
+        }  # fmt: skip
+        record.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"written to {record}")
+
+
+def environment(arguments: argparse.Namespace, load_before: tuple[float, float, float]) -> dict[str, object]:
+    def run(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout.strip()
+
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line), "")
+    changed = run(
+        "git", "status", "--porcelain", "--untracked-files=no", "--", "albor", "benchmarks/decode.py"
+    )
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": f"python benchmarks/decode.py --rounds {arguments.rounds} --tokens {arguments.tokens}",
+        "commit": run("git", "rev-parse", "HEAD") + ("+changes" if changed else ""),
+        "processor": cpu,
+        "cores": os.cpu_count(),
+        "load": {"before": load_before[0], "after": os.getloadavg()[0]},
+        "platform": platform.platform(),
+        "versions": {
+            "albor": albor.__version__,
+            "torch": torch.__version__,
+            "xllamacpp": metadata.version("xllamacpp"),
+            "gguf": metadata.version("gguf"),
+            "python": platform.python_version(),
+        },
+        "shape": "the quickstart's: 4 layers, hidden 192, heads 3/1, FFN 512, vocabulary 4096 tied",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1007,6 +1007,9 @@ def _console(*, stderr: bool = False) -> Console:
 
 def main() -> None:
     """Runs a command; every failure that a user can mend becomes a message and its documented exit code."""
+    # NumPy multiplies a matrix with one row (albor.model.single_token): threads would cost more than they
+    # give. It looks at this when it is imported, which is later.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without Unicode must not end a run at its report
             stream.reconfigure(errors="replace")

@@ -1,4 +1,4 @@
-"""Writing on a CPU, beside llama.cpp: the quickstart's model, the same weights, the same thread counts.
+"""Writing on a CPU, beside llama.cpp: the quickstart's model, the same weights, in one process.
 
     python benchmarks/decode.py             # writes benchmarks/results/decode.json, prints a table
     python benchmarks/decode.py --rounds 2 --tokens 64 --no-write
@@ -8,8 +8,9 @@ aside, as `albor generate` and llama.cpp's server report it. The weights are ran
 depend on them, and rounded to bf16, so that every file holds the same values. llama.cpp reads what `albor
 export --to gguf` writes, through xllamacpp, with its default settings but one slot and no prompt cache.
 
-Turns alternate, and a round's ratio is between neighbours. A shared machine changes the figures of both by
-more than the ratio: rerun it where nothing else runs, and look at the range.
+Turns alternate, and a ratio is between turns of one round. albor takes one thread for a model of this size,
+llama.cpp is given one and all cores, and the better of the two counts. On a machine that others use, turns of
+both last several times as long as the fastest, and no ratio means much: look at the load in the record.
 
     albor fp32      what albor generate does: fp32 arithmetic, whatever the weights were trained in
     albor bf16      bf16 arithmetic, as the model was trained; not what albor generate does on a CPU
@@ -30,6 +31,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command line has it
 
 import torch
 import xllamacpp
@@ -53,7 +56,7 @@ from albor.model.parameters import initialise, named_tensors
 ROOT = Path(__file__).parents[1]
 PROMPT = "def "
 GOAL = 0.8
-PAIRS = (("albor fp32", "llama.cpp F32"), ("albor fp32", "llama.cpp BF16"), ("albor bf16", "llama.cpp BF16"))
+OURS = "albor fp32, 1 thread"
 
 Turn = Callable[[int], float]  # tokens to write -> tokens per second
 
@@ -108,26 +111,24 @@ def llama_turn(path: Path, threads: int, context: int) -> Turn:
     return turn
 
 
-def measure(threads: int, turns: dict[str, Turn], rounds: int, count: int) -> dict[str, Any]:
-    """Medians of every system, and of the ratios of PAIRS, over alternating turns."""
-    torch.set_num_threads(threads)
+def measure(turns: dict[str, Turn], rounds: int, count: int) -> dict[str, Any]:
+    """Medians of every system, and of its ratio to albor's in the same round, over alternating turns."""
     for turn in turns.values():
         turn(count)
     speeds: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, turn in turns.items():
             speeds[name].append(turn(count))
-    ratios = {pair: [a / b for a, b in zip(*(speeds[name] for name in pair), strict=True)] for pair in PAIRS}
+    return {name: described(values, speeds[OURS]) for name, values in speeds.items()}
+
+
+def described(values: list[float], ours: list[float]) -> dict[str, Any]:
+    ratios = [own / other for own, other in zip(ours, values, strict=True)]
     return {
-        "tokens_per_second": {name: round(statistics.median(values)) for name, values in speeds.items()},
-        "ranges": {name: [round(min(values)), round(max(values))] for name, values in speeds.items()},
-        "ratios": {
-            f"{ours} / {theirs}": {
-                "median": round(statistics.median(values), 3),
-                "range": [round(min(values), 3), round(max(values), 3)],
-            }
-            for (ours, theirs), values in ratios.items()
-        },
+        "tokens_per_second": round(statistics.median(values)),
+        "range": [round(min(values)), round(max(values))],
+        "albor_is_faster_by": round(statistics.median(ratios), 3),
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
     }
 
 
@@ -141,7 +142,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     load_before = os.getloadavg()
-    threads = sorted({1, os.cpu_count() or 1})
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         config = load_config(ROOT / "configs" / "quickstart.yaml", [f"data.cache_dir={directory}/data"])
@@ -152,48 +152,32 @@ def main() -> None:
         for name, dtype in files.items():
             write_gguf(source, directory / f"{name}.gguf", dtype, None, lambda stage, done, total: None)
         loaded = load_to_write(path)
-        usual = torch.get_num_threads()  # what albor generate takes for this model
         narrow = load_checkpoint(path, "cpu", dtype="bfloat16")
-        ours = {
-            "albor fp32": albor_turn(Decoder(loaded.model, loaded.arena), tokenizer),
-            "albor bf16": albor_turn(Decoder(narrow.model, narrow.arena), tokenizer),
-        }
-        found = {}
-        for number in threads:
-            context = config.model.max_position_embeddings
-            theirs = {
-                f"llama.cpp {name}": llama_turn(directory / f"{name}.gguf", number, context) for name in files
-            }
-            systems = {**ours, **theirs}
-            order = ("albor fp32", "llama.cpp F32", "albor bf16", "llama.cpp BF16")
-            turns = {name: systems[name] for name in order}
-            found[str(number)] = measure(number, turns, arguments.rounds, arguments.tokens)
-    for number, result in found.items():
-        print(f"{number} thread{'s' * (number != '1')}")
-        for name, speed in result["tokens_per_second"].items():
-            low, high = result["ranges"][name]
-            print(f"  {name:<30} {speed:>7,} tokens/s  ({low:,} to {high:,})")
-        for name, ratio in result["ratios"].items():
-            print(
-                f"  {name:<30} {ratio['median']:>7.2f}           ({ratio['range'][0]} to {ratio['range'][1]})"
-            )
-    best = {
-        name: max(result["tokens_per_second"][name] for result in found.values())
-        for name in found["1"]["tokens_per_second"]
-    }
-    as_used = found[str(usual)]["tokens_per_second"]["albor fp32"]
-    goals = {
-        f"albor generate ({usual} thread{'s' * (usual > 1)}) / best of llama.cpp {name}": round(
-            as_used / best[f"llama.cpp {name}"], 3
+        context = config.model.max_position_embeddings
+        turns = {OURS: albor_turn(Decoder(loaded.model, loaded.arena), tokenizer)}
+        for name in files:
+            for number in sorted({1, os.cpu_count() or 1}):
+                label = f"llama.cpp {name}, {number} thread{'s' * (number > 1)}"
+                turns[label] = llama_turn(directory / f"{name}.gguf", number, context)
+        turns["albor bf16, 1 thread"] = albor_turn(Decoder(narrow.model, narrow.arena), tokenizer)
+        systems = measure(turns, arguments.rounds, arguments.tokens)
+    for name, row in systems.items():
+        low, high = row["ratio_range"]
+        print(
+            f"{name:<28} {row['tokens_per_second']:>7,} tokens/s  albor {row['albor_is_faster_by']:5.2f}x"
+            f"  ({low:.2f}-{high:.2f})"
         )
+    # Against the thread count that is the better one for llama.cpp.
+    ratios = {
+        name: min(row["albor_is_faster_by"] for label, row in systems.items() if f"{name}," in label)
         for name in files
     }
-    for name, ratio in goals.items():
-        print(f"{name}: {ratio} (goal {GOAL})")
+    print("; ".join(f"{ratio:.2f} of llama.cpp's best on {name}" for name, ratio in ratios.items()), end="")
+    print(f" (goal {GOAL}), load {load_before[0]:.1f} to {os.getloadavg()[0]:.1f}")
     if not arguments.no_write:
         record = ROOT / "benchmarks" / "results" / "decode.json"
         content = {
-            **environment(arguments, load_before), "goal": GOAL, "as_used": goals, "by_threads": found,
+            **environment(arguments, load_before), "goal": GOAL, "ratios": ratios, "systems": systems,
         }  # fmt: skip
         record.write_text(json.dumps(content, indent=1) + "\n")
         print(f"written to {record}")

@@ -18,15 +18,12 @@ from albor.memory.arena import Arena
 from albor.memory.devices import compute_dtype, this_machine
 from albor.memory.plan import MemoryPlan, plan_inference
 from albor.model.parameters import named_tensors
+from albor.model.single_token import SMALL, suits
 from albor.model.transformer import Transformer
 from albor.units import format_bytes
 
 _CONFIG, _WEIGHTS = "config.yaml", "weights"
-
-
-# Below this many bytes of weights a second thread is waited for longer than it helps: a product with a row is
-# over in microseconds, and there are four per layer.
-_ONE_THREAD = 32 * 2**20
+_FP32_BYTES = 4
 
 
 class Loaded(NamedTuple):
@@ -56,17 +53,19 @@ def load_for_inference(path: Path, device: Literal["auto", "cuda", "cpu"] = "aut
 def load_to_write(path: Path) -> Loaded:
     """`load_for_inference` for a process that does nothing but write, token after token.
 
-    A CPU computes in fp32 then, whatever the model was trained in: it widens bf16 exactly, and its calls for
-    half precision take longer than a row does. A small model has one thread, which is set for the process.
+    On a CPU a small model computes in fp32 then, whatever it was trained in, and in one thread, which is set
+    for the process: bf16 is widened exactly, and is written fastest by `albor.model.single_token`.
     """
     place: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "float32" if place == "cpu" else None
-    loaded = checkpoint.first_intact(
-        checkpoint.candidates(path), lambda found: load_checkpoint(found, place, dtype=dtype)
-    )
-    if place == "cpu" and loaded.arena["weights"].nbytes < _ONE_THREAD:
+
+    def use(directory: Path) -> Loaded:
+        loaded = load_checkpoint(directory, place)
+        if place == "cuda" or loaded.arena["weights"].numel() * _FP32_BYTES > SMALL:
+            return loaded
         torch.set_num_threads(1)
-    return loaded
+        return loaded if suits(loaded.arena) else load_checkpoint(directory, place, dtype="float32")
+
+    return checkpoint.first_intact(checkpoint.candidates(path), use)
 
 
 def load_checkpoint(

@@ -10,7 +10,7 @@ import torch
 from albor.errors import AlborError
 from albor.memory.arena import Arena
 from albor.model.activations import Activations
-from albor.model.single_token import SingleToken
+from albor.model.single_token import SingleToken, suits
 from albor.model.transformer import Transformer
 
 
@@ -37,9 +37,7 @@ class Decoder:
         self._caches = arena["sample.cache"].unbind()  # one (2, K, S, D) per layer
         self._ops = replace(model.ops, scores=arena["sample.scores"])
         self._single = self._activations(1)
-        # oneDNN, which multiplies in half precision, takes longer to be called than a row takes it.
-        wide = arena["weights"].dtype in (torch.float32, torch.float64)
-        self._one = SingleToken(model, arena) if arena.device.type == "cpu" and wide else None
+        self._one = SingleToken(model, arena) if suits(arena) else None
 
     def reset(self) -> None:
         """Forgets the sequence."""

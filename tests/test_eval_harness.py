@@ -131,3 +131,57 @@ def test_the_cases_tell_metrics_and_choices_apart(both: dict[str, Any], data: Pa
         results[name]["acc"] != results[name]["acc_norm"] for name in ("hellaswag", "arc_easy", "piqa")
     )
     assert len(items.arc_easy(data)) == len(eval_cases.QUESTIONS)
+
+
+# `albor eval --through lm-eval` three times in one process, with a task file of ours among lm-eval's.
+THROUGH = """
+import json, sys
+import lm_eval.tasks
+manager = lm_eval.tasks.TaskManager(include_path=sys.argv.pop(1))
+lm_eval.tasks.TaskManager = lambda: manager
+from run_cases import call
+run, found = sys.argv.pop(1), []
+for tasks in ("piqa_here", "piqq_here,winogrande", "hellaswag"):
+    result = call("eval", run, "--tasks", tasks, "--through", "lm-eval", "--dtype", "fp32", "--json")
+    found.append([result.code, result.out, result.err])
+print("found:" + json.dumps(found))
+"""
+
+
+def test_through_lm_eval(both: dict[str, Any], run: Path, data: Path, tmp_path: Path):
+    documents = tmp_path / "piqa.jsonl"
+    documents.write_text("".join(json.dumps(document) + "\n" for document in items.piqa(data)))
+    base = Path(str(importlib.util.find_spec("lm_eval").origin)).parent / "tasks" / "piqa" / "piqa.yaml"
+    task = {
+        "include": str(base),
+        "task": "piqa_here",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(documents)}},
+        "training_split": None,
+    }
+    (tmp_path / "piqa_here.yaml").write_text(json.dumps(task))
+    offline = {
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", THROUGH, tmp_path, run],
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("found:"))
+    through, unknown, unreachable = json.loads(line.removeprefix("found:"))
+    assert through[0] == 0, through
+    found = json.loads(through[1])["results"]["piqa_here"]
+    for metric in ("acc", "acc_norm"):
+        assert found[metric] == pytest.approx(both["ours"]["results"]["piqa"][metric])
+    assert found["items"] == 2
+    assert (run / "eval" / "lm-eval-piqa_here-step-00000002.json").exists()
+    assert unknown[0] == 2
+    assert "lm-eval has no task piqq_here; did you mean piqa_here?" in unknown[2]
+    assert unreachable[0] == 1
+    assert "lm-eval could not load a task" in unreachable[2]
+    assert "Traceback" not in unreachable[2]

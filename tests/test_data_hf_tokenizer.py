@@ -134,6 +134,25 @@ def test_an_exported_tokenizer_of_ours_is_the_same_again(tmp_path: Path):
     assert hf_tokenizer_json(again) == again.model == (tmp_path / "tokenizer.json").read_bytes()
 
 
+def test_it_is_exported_as_it_is(tmp_path: Path, content: dict[str, Any]):
+    """And transformers, which adds what the configuration beside it says, has the same tokens."""
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    library = byte_level()
+    library.add_tokens([tokenizers.AddedToken("    ", normalized=False)])
+    path = write(tmp_path, json.loads(library.to_str()))
+    given = Tokenizer.load(path, "hf")
+    (tmp_path / "out").mkdir()
+    write_tokenizer_files(given, tmp_path / "out", 512)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == path.read_bytes()
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert (loaded.eos_token, len(loaded)) == ("<|endoftext|>", VOCABULARY + 1)
+    for text in [*NASTY, *CODE[:30]]:
+        ids = given.encode(text).tolist()
+        assert loaded.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
+        assert loaded.decode(ids) == text
+
+
 def lacking(content: dict[str, Any], *letters: str) -> None:
     for letter in letters:
         vocabulary = content["model"]["vocab"]

@@ -24,6 +24,10 @@ from albor.checkpoint import find_latest, read_state
 from albor.configfile import load_config
 from albor.data.tokenizer import Tokenizer
 from albor.errors import AlborError, CheckpointError, ConfigError, DataError
+from albor.export.command import find_formats
+from albor.export.format import open_source
+from albor.export.gate import CORPUS, AlborRuntime, NotInstalled
+from albor.export.llama_cpp import LlamaCpp
 from albor.export.weights import layout
 from albor.memory.arena import Arena
 from albor.memory.plan import plan_inference, plan_training
@@ -32,6 +36,7 @@ from albor.model.parameters import master_weights
 from albor.model.transformer import Transformer
 from albor.pretrained.source import fill_weights, open_for, open_pretrained
 from albor.tensorfile import write_tensors
+from albor.train import session
 from albor.train.step import Trainer
 
 RUN = Path("runs/tiny")
@@ -434,12 +439,51 @@ def test_without_its_tokenizer_and_with_other_keys_nothing_begins(given: tuple[P
     assert not RUN.exists()
 
 
-def test_a_rollback_to_the_beginning_reads_the_weights_again(given: tuple[Path, list[str]], tmp_path: Path):
-    """Where they are other ones by then, the run ends: it would not be the same."""
+def gone(tmp_path: Path) -> None:
+    (tmp_path / "llama" / "model.safetensors").unlink()
+
+
+def other(tmp_path: Path) -> None:
+    model = Architecture.from_config(load_config(tmp_path / "tiny.yaml").model)
+    write_llama(tmp_path / "new", model, seed=4)
+    (tmp_path / "new" / "model.safetensors").replace(tmp_path / "llama" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tmp_path: None, "the run has gone back 1 time"),
+        (gone, "there is no model.safetensors"),
+        (other, "has other weights than those that the run began with"),
+    ],
+    ids=["same", "gone", "other"],
+)
+def test_a_rollback_to_the_beginning_reads_the_weights_again(
+    given: tuple[Path, list[str]],
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Where they are other ones by then, or gone, the run ends: it would not be the same."""
     config, keys = given
     diverges = ("optimizer.lr=1e15", "checkpoint.every_steps=20", "divergence.max_rollbacks=1")
-    assert call("train", config, *keys, *diverges).code == 3
-    assert events(RUN, "rollback") or events(RUN, "rolled_back")
+    begun = []
+
+    def watched(arena: Arena, *arguments: Any) -> dict[str, str]:
+        digests = fill_weights(arena, *arguments)
+        begun.append(arena["weights"].clone())
+        if len(begun) == 1:
+            change(tmp_path)
+        return digests
+
+    monkeypatch.setattr(session, "fill_weights", watched)
+    result = call("train", config, *keys, *diverges)
+    assert result.code == 3
+    assert said in result.err
+    if said.startswith("the run has gone back"):
+        assert len(events(RUN, "rollback")) == 1
+        assert torch.equal(*begun)
 
 
 def test_init_from_prints_a_configuration_that_begins_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -540,3 +584,54 @@ def test_smollm2s_tokenizer_is_the_one_it_was_published_with():
     assert [tokenizer.decode([token]) for token in tokenizer.encode("in 1999\n\n  ok")] == [
         "in", " ", "1", "9", "9", "9", "\n\n ", " ok",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_smollm2_is_what_llama_cpp_makes_of_the_file(tmp_path: Path):
+    """The same tokens of every text, and the same probabilities after them, in fp32 from the same file."""
+    pytest.importorskip("xllamacpp", reason="needs the gguf extra")
+    link = tmp_path / "smollm2.gguf"
+    link.symlink_to(smollm2())  # what is computed in fp32 is written beside it
+    tokenizer, keys = Tokenizer.load(link, "hf"), dict(open_pretrained(link).keys)
+    tokens = [tokenizer.end_of_document_id, *tokenizer.encode(ENGLISH)[:31].tolist()]
+    asked = [0, 1, 2, 15, 31]
+    ours = logits_of(link, torch.tensor(tokens), **keys | {"max_position_embeddings": 64})
+    program = LlamaCpp(link)
+    try:
+        for text in CORPUS:
+            assert program.tokenize(text) == tokenizer.encode(text).tolist(), text
+        theirs = torch.from_numpy(program.logits_at(tokens, asked))
+    finally:
+        program.close()
+    found, expected = ours[asked].log_softmax(-1), theirs.log_softmax(-1)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), [("hf", "bf16"), ("gguf", "q8_0"), ("onnx", "fp32")])
+def test_smollm2_exported_again_knows_it_in_every_runtime(
+    smollm2_run: Path, tmp_path: Path, name: str, dtype: str
+):
+    """As `albor export` writes it, loaded by the program that it is for."""
+    prompt = "The capital of France is"
+    source, [format] = open_source(smollm2_run), find_formats([name])
+    format.check(source, dtype)
+    format.write(source, tmp_path, dtype, lambda stage, done, total: None)
+    own = AlborRuntime(source.loaded, source.stop_ids)
+    for piece in layout(source.architecture):
+        values = piece.of(source.loaded.arena["weights"])
+        values.copy_(format.rounded(piece.name, values, dtype))
+    try:
+        runtime = format.open_runtime(tmp_path, dtype)
+    except NotInstalled as missing:
+        pytest.skip(str(missing))
+    try:
+        assert list(runtime.tokenize(prompt)) == own.tokenize(prompt)
+        tokens = [source.tokenizer.end_of_document_id, *own.tokenize(prompt)]
+        written = list(runtime.greedy(tokens, 6))
+        assert written == own.greedy(tokens, 6)
+        assert "Paris" in source.tokenizer.decode(written)
+        assert {0, 2} == own.stop_ids <= set(runtime.stop_ids)  # <|endoftext|>, <|im_end|>
+    finally:
+        runtime.close()
+        shutil.rmtree(tmp_path)  # up to 540 MB

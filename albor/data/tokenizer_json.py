@@ -136,7 +136,7 @@ def _content(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [added_token(*token) for token in sorted(tokens)],
+        "added_tokens": [_added_token(*token) for token in sorted(tokens)],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
@@ -157,7 +157,7 @@ def _content(
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def added_token(token: int, text: str, special: bool) -> dict[str, Any]:
+def _added_token(token: int, text: str, special: bool) -> dict[str, Any]:
     """An entry of `added_tokens`: a token that is found in a text as it stands."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
     return {"id": token, "content": text, **flags}

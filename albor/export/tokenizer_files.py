@@ -18,7 +18,7 @@ from albor.data import sentencepiece_model as model_file
 from albor.data import tokenizer_json
 from albor.data.sentencepiece_encoder import SentencePieceEncoder
 from albor.data.tokenizer import CHAT_MARKERS, FILES, Tokenizer
-from albor.data.tokenizer_json import KINDS, Piece, added_token
+from albor.data.tokenizer_json import KINDS, Piece
 from albor.durable import write_file
 from albor.errors import DataError
 from albor.export.format import CannotCarry
@@ -53,7 +53,8 @@ def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, model_max_lengt
     the end-of-document token, and whoever wants that in front asks for `bos_token`. Raises CannotCarry and
     OSError.
     """
-    write_file(directory / FILES["hf"], hf_tokenizer_json(tokenizer))
+    content = hf_tokenizer_json(tokenizer)
+    write_file(directory / FILES["hf"], content)
     if tokenizer.kind == "sentencepiece":
         write_file(directory / FILES["sentencepiece"], tokenizer.model)
     names = {token: name for name, token in tokenizer.special_ids.items()}
@@ -64,8 +65,7 @@ def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, model_max_lengt
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "added_tokens_decoder": {
-            str(token): {key: value for key, value in added_token(token, name, True).items() if key != "id"}
-            for token, name in sorted(names.items())
+            str(entry.pop("id")): entry for entry in json.loads(content)["added_tokens"]
         },
         **roles,
         "add_bos_token": False,

@@ -22,7 +22,6 @@ from albor.manifest import STATE
 from albor.memory.arena import Arena
 from albor.memory.plan import STATE_BUFFERS, MemoryPlan
 from albor.model.parameters import clear, initialise, named_tensors
-from albor.pretrained.model import Pretrained
 from albor.pretrained.source import fill_weights, open_for
 from albor.runlog import EVENTS, read_rows
 from albor.train.guard import GuardState, rolled_back
@@ -102,11 +101,15 @@ class Session:
         left, home = self.state.guard, self.directory / checkpoint.CHECKPOINTS
         if left.anchor is None:
             arena = self.trainer.arena
-            if _begin(self.trainer, self.config, open_for(self.config.model)) != self.begun_from:
-                problem = (
-                    f"{self.config.model.init_from} has other weights than those that the run began with"
+            try:
+                begun_from = _begin(self.trainer, self.config)
+            except (ConfigError, DataError) as error:  # the model is gone, or another
+                raise CheckpointError(str(error)) from error
+            if begun_from != self.begun_from:
+                source = self.config.model.init_from
+                raise CheckpointError(
+                    f"model.init_from: {source} has other weights than those that the run began with"
                 )
-                raise CheckpointError(f"model.init_from: {problem}")
             begun = GuardState.initial(arena.plan.compute_dtype)
             self.state = TrainState(guard=rolled_back(left, begun))
             self.best_validation_loss = None
@@ -276,7 +279,7 @@ def open_session(
         config.seed,
     )
     if not sources:
-        begun_from = _begin(trainer, config, open_for(config.model))
+        begun_from = _begin(trainer, config)
         state = TrainState(guard=GuardState.initial(plan.compute_dtype))
         return Session(config, data, Loader(*loader_arguments), trainer, state, None, begun_from=begun_from)
 
@@ -298,8 +301,9 @@ def open_session(
         return _first_intact(sources, fill, warn)
 
 
-def _begin(trainer: Trainer, config: RunConfig, pretrained: Pretrained | None) -> dict[str, str] | None:
+def _begin(trainer: Trainer, config: RunConfig) -> dict[str, str] | None:
     """The weights that a run begins with; returns the SHA-256 of the files that they come from, if any."""
+    pretrained = open_for(config.model)
     if pretrained is not None:
         return fill_weights(trainer.arena, trainer.architecture, pretrained)
     initialise(trainer.arena, trainer.architecture, config.seed)

@@ -138,6 +138,7 @@ def _check(source: Source, format: Format, directory: Path, dtype: str, check: b
     tolerance = format.tolerance(dtype)
     if not check:
         return Gate("none", (), tolerance, "--no-check was given")
+    report(f"checking {format.name}: before rounding", 0, None)
     own = AlborRuntime(source.loaded, source.stop_ids)
     before = own.look_before() if _loses(source, format, dtype) else None
     for piece in layout(source.architecture):

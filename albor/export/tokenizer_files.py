@@ -53,8 +53,8 @@ def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, model_max_lengt
     the end-of-document token, and whoever wants that in front asks for `bos_token`. Raises CannotCarry and
     OSError.
     """
-    content = hf_tokenizer_json(tokenizer)
-    write_file(directory / FILES["hf"], content)
+    tokenizer_file = hf_tokenizer_json(tokenizer)
+    write_file(directory / FILES["hf"], tokenizer_file)
     if tokenizer.kind == "sentencepiece":
         write_file(directory / FILES["sentencepiece"], tokenizer.model)
     names = {token: name for name, token in tokenizer.special_ids.items()}
@@ -65,7 +65,7 @@ def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, model_max_lengt
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "added_tokens_decoder": {
-            str(entry.pop("id")): entry for entry in json.loads(content)["added_tokens"]
+            str(entry.pop("id")): entry for entry in json.loads(tokenizer_file)["added_tokens"]
         },
         **roles,
         "add_bos_token": False,

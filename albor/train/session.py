@@ -106,9 +106,9 @@ class Session:
             except (ConfigError, DataError) as error:  # the model is gone, or another
                 raise CheckpointError(str(error)) from error
             if begun_from != self.begun_from:
-                source = self.config.model.init_from
+                place = self.config.model.init_from
                 raise CheckpointError(
-                    f"model.init_from: {source} has other weights than those that the run began with"
+                    f"model.init_from: {place} has other weights than those that the run began with"
                 )
             begun = GuardState.initial(arena.plan.compute_dtype)
             self.state = TrainState(guard=rolled_back(left, begun))

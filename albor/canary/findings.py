@@ -38,8 +38,10 @@ class Row:
 
     @property
     def finite(self) -> bool:
-        """Of albor."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        """Of albor. A gradient of nothing is no more use than one that is not finite, as the guard has it:
+        weights whose squares overflow give that.
+        """
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm) and self.grad_norm > 0
 
     @property
     def reference_finite(self) -> bool:
@@ -205,7 +207,9 @@ class Canary:
             if name != "last" and same.row.reference_finite
             for check in same.checks(allowed, self.limits.noise)
         ]
-        return not all(check.passed for check in (*checks, self.update_check))
+        if any(row.update_errors for row in self.rows):  # there was an update
+            checks.append(self.update_check)
+        return not all(check.passed for check in checks)
 
     @property
     def not_finite(self) -> Row | None:

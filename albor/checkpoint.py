@@ -203,7 +203,9 @@ def remove_after(checkpoints_dir: Path, step: int) -> None:
         best = read_best(checkpoints_dir)
         if best is not None and best.step > step:
             (checkpoints_dir / BEST).unlink()
-            flush_directory(checkpoints_dir)  # or the power may leave it without what it names
+    # Or the power may leave best.json without what it names; and half of an old one, which a second save of a
+    # step has replaced and removed, without the one that makes it void.
+    flush_directory(checkpoints_dir)
     remove([path for path in list_checkpoints(checkpoints_dir) if step_of(path) > step])
 
 

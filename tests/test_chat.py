@@ -231,12 +231,13 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(
 def test_chat_on_a_terminal(run: Path, tmp_path: Path) -> None:
     """A real terminal: a prompt, an answer with its speed, the commands, Ctrl-C at the prompt, Ctrl-D."""
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "albor", "chat", str(run), "--max-tokens", "200", "--temperature", "1.5"]
+    # Whoever started the tests in the background had SIGINT ignored, and then a chat ignores it too.
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program = [sys.executable, "-c", heeding + "runpy.run_module('albor', run_name='__main__')"]
+    command = [*program, "chat", str(run), "--max-tokens", "200", "--temperature", "1.5"]
     process = subprocess.Popen(
         command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=tmp_path,
         env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
-        # Whoever started the tests in the background had it ignored, and then a chat ignores it too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(terminal)
     seen = ""

@@ -33,6 +33,7 @@ SCENES: dict[str, tuple[list[Action], list[Action]]] = {
         [Save(1), Save(2), Save(3), Evaluate(3, 2.0)],
         [GoBack(1), Save(2, {}, {"config.yaml": b"another"}), Evaluate(2, 2.5)],
     ),
+    "what was replaced is left": ([Save(1), Save(2)], [Save(2, {}, {"config.yaml": b"another"}), GoBack(1)]),
 }
 
 

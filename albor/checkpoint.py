@@ -205,7 +205,8 @@ def remove_after(checkpoints_dir: Path, step: int) -> None:
             (checkpoints_dir / BEST).unlink()
     # Or the power may leave best.json without what it names; and half of an old one, which a second save of a
     # step has replaced and removed, without the one that makes it void.
-    flush_directory(checkpoints_dir)
+    if checkpoints_dir.is_dir():  # not so before the first save
+        flush_directory(checkpoints_dir)
     remove([path for path in list_checkpoints(checkpoints_dir) if step_of(path) > step])
 
 

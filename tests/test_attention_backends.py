@@ -267,6 +267,7 @@ def test_training_says_it_before_anything_takes_time(
 
     monkeypatch.setattr("albor.memory.devices.installed_gpu", lambda: Hardware("cuda", "a card", card))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda *_: None)
     monkeypatch.setattr("albor.train.rehearsal.compile_kernels", stop)
     monkeypatch.chdir(tmp_path)
     result = call("train", write_project(tmp_path), "device=cuda", "train.precision=bf16")

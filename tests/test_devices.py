@@ -15,7 +15,6 @@ from albor.memory.devices import compute_dtype, resolve_accumulator
 from albor.memory.host import has_bf16_instructions
 from albor.memory.outside import outside
 from albor.memory.plan import plan_training
-from albor.units import MIB
 
 
 @pytest.mark.parametrize(

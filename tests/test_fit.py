@@ -76,9 +76,7 @@ def _random_case(number: int) -> tuple[Estimate, Fit, list[tuple[Choice, int]]]:
         recompute=rng.choice(["none", "cheap", "block"]),
         head_chunk_tokens=rng.choice([None, None, 100]),
     )
-    card = rng.choice(
-        [find_gpu(name) for name in ("3060 12GB", "RTX 4090", "H100", "B200", "5090", "T4")]
-    )
+    card = rng.choice([find_gpu(name) for name in ("3060 12GB", "RTX 4090", "H100", "B200", "5090", "T4")])
     options = Options(state=rng.random() < 0.3)
     if number >= 20:  # a library's attention, whose scratch may shrink as the micro-batch grows
         card = rng.choice([find_gpu(name) for name in ("RTX 4090", "H100", "RTX 5090")])

@@ -192,9 +192,7 @@ def _published(item: str, gpu: Gpu | None) -> Item:
 def _alike(item: str, gpu: Gpu | None) -> list[_Published]:
     """The rows that were read on cards of the generation of `gpu`."""
     return [
-        row
-        for row in _table()
-        if row.item == item and gpu and row.capability == list(gpu.compute_capability)
+        row for row in _table() if row.item == item and gpu and row.capability == list(gpu.compute_capability)
     ]
 
 

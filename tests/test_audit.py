@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_cases import call, events
+from run_cases import albor, call, events
 
 from albor.errors import AlborError
 from albor.memory.audit import Audit, Component, Record, audit, judge
@@ -16,8 +16,9 @@ from albor.units import GIB, MIB
 
 
 @pytest.fixture(scope="module")
-def trained(config: Path, whole: dict[str, Any]) -> Path:
-    """The directory of a run that went to its end."""
+def trained(config: Path) -> Path:
+    """The directory of a run that went to its end, in a process that holds no memory of other tests."""
+    assert albor(config.parent, "train", config).code == 0
     return config.parent / "runs" / "tiny"
 
 

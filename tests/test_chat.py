@@ -242,13 +242,14 @@ def test_chat_on_a_terminal(run: Path, tmp_path: Path) -> None:
     os.close(terminal)
     seen = ""
 
-    def until(text: str) -> str:
+    def until(text: str, press: int | None = None) -> str:
         nonlocal seen
         deadline = time.monotonic() + 60
         while text not in seen and time.monotonic() < deadline:
-            if not select.select([controller], [], [], 1)[0]:
-                continue
-            seen += os.read(controller, 4096).decode(errors="replace")
+            if press is not None:
+                process.send_signal(press)
+            while text not in seen and select.select([controller], [], [], 1)[0]:
+                seen += os.read(controller, 4096).decode(errors="replace")
         before, found, seen = seen.partition(text)
         assert found, before
         return before
@@ -267,8 +268,9 @@ def test_chat_on_a_terminal(run: Path, tmp_path: Path) -> None:
         say("/what\n")
         until("there is no /what")
         until("> ")
-        process.send_signal(signal.SIGINT)  # no answer is being written: a fresh line
-        until("Ctrl-D ends the chat")
+        # No answer is being written: a fresh line. `input` shows its prompt before it waits for a line, and a
+        # signal between the two only counts at the next one: it is pressed until it is heeded.
+        until("Ctrl-D ends the chat", press=signal.SIGINT)
         until("> ")
         say("\x04")
         assert process.wait(30) == 0

@@ -7,6 +7,9 @@ process.
 Order is A-B-A: before and after each peer's steps albor takes as many, and a peer's ratio is its median step
 time over the median of the two albor runs around it. The table shows medians over rounds and their spread.
 
+The last row is albor's own loop of a run, with rows, alerts, spike detection and a background saver, whose
+checkpoints fall outside of what is timed (benchmarks/saving.py): what a run costs beyond its steps.
+
 Peers: transformers' LlamaForCausalLM in fp32 and in bf16 autocast, and a plain torch loop of this file's own
 (packed projections, SDPA, bf16 weights over fp32 masters) under torch.compile. All use PyTorch's fused AdamW,
 clip the global norm at 1, and read the same batches.
@@ -15,7 +18,9 @@ clip the global norm at 1, and read the same batches.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -32,17 +37,27 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="albor-benchmark
 import numpy as np
 import torch
 import transformers
+from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
 import albor
 from albor.canary.reference import rotate, unpacked  # the oracle's rotary positions and its naming of weights
 from albor.config import RunConfig
+from albor.data.prepare import prepare
 from albor.memory.arena import Arena
 from albor.memory.devices import compute_dtype
+from albor.memory.estimate import plan_for_training
 from albor.memory.plan import plan_training
 from albor.model.parameters import initialise, named_tensors
+from albor.progress import show_progress
+from albor.train.display import Display
 from albor.train.guard import GuardState
+from albor.train.loop import Loop
+from albor.train.memory_record import MemoryRecord
+from albor.train.metrics import MetricsLog
+from albor.train.session import open_session
+from albor.train.signals import StopRequest
 from albor.train.step import Trainer, TrainState
 
 LR = 1e-3
@@ -92,6 +107,37 @@ def make_albor() -> tuple[Step, Trainer]:
         return result.loss
 
     return step, trainer
+
+
+def make_loop(directory: Path) -> Step:
+    """The same trainer as a run has it around it, with everything on; it reads Python's standard library."""
+    settings = CONFIG.model_dump()
+    settings["device"] = "cpu"
+    settings["runs_dir"] = str(directory)
+    settings["data"] |= {"cache_dir": str(directory / "data"), "max_epochs": 1e6}
+    settings["divergence"]["on_spike"] = "clip"
+    settings["checkpoint"] |= {"background": True, "every_steps": 1_000_000}
+    settings["evaluate"]["every_steps"] = 1_000_000
+    settings["alerts"] = {
+        "train/loss > 100": "stop",
+        "gradients/* > 1000": "warn",
+        "train/grad_norm is not finite": "stop",
+    }
+    config = RunConfig.model_validate(settings)
+    target, console = plan_for_training(config), Console(file=io.StringIO())
+    with show_progress(console) as progress:
+        data = prepare(config, progress)
+    session = open_session(config, data, target.plan, "cpu")
+    session.directory.mkdir()
+    log = MetricsLog(session.directory)
+    memory = MemoryRecord(target, session.trainer.arena, log, card=None)
+    loop = Loop(session, log, Display(console), StopRequest(), memory, target.peak_flops)
+
+    def step(batch: Batch) -> float:
+        loop.step()
+        return math.nan  # of other text than the peers'
+
+    return step
 
 
 def make_transformers(weights: dict[str, torch.Tensor], *, autocast: bool) -> Step:
@@ -247,6 +293,7 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true")
     arguments = parser.parse_args()
 
+    directory = tempfile.TemporaryDirectory(prefix="albor-benchmark-")  # of the run whose loop is timed
     batches = make_batches(16)
     start = time.perf_counter()
     albor_step, trainer = make_albor()
@@ -264,6 +311,7 @@ def main() -> None:
         "transformers fp32": lambda: make_transformers(weights, autocast=False),
         "transformers bf16 autocast": lambda: make_transformers(weights, autocast=True),
         "plain torch bf16 + compile": lambda: make_compiled(named),
+        "albor, the loop of a run": lambda: make_loop(Path(directory.name)),
     }
     peers: dict[str, Step] = {}
     for name, make in makers.items():
@@ -294,8 +342,8 @@ def main() -> None:
             "albor_is_faster_by": round(statistics.median(ratios[name]), 3) if name in ratios else None,
             "ratio_range": [round(f(ratios[name]), 3) for f in (min, max)] if name in ratios else None,
             "first_step_seconds": round(first_step[name], 2),
-            "loss_first": round(losses[name][0], 4),
-            "loss_after_16": round(losses[name][-1], 4),
+            "loss_first": _loss(losses[name][0]),
+            "loss_after_16": _loss(losses[name][-1]),
         }
         for name in medians
     }
@@ -307,13 +355,17 @@ def main() -> None:
         print(
             f"{name:<28} {row['tokens_per_second']:>7,} tok/s  albor {spread}  "
             f"first step {row['first_step_seconds']:6.2f} s  "
-            f"loss {row['loss_first']:.3f} -> {row['loss_after_16']:.3f}"
+            f"loss {row['loss_first']} -> {row['loss_after_16']}"
         )
     if not arguments.no_write:
         path = Path(__file__).parent / "results" / "cpu.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({**environment(arguments), "systems": systems}, indent=1) + "\n")
         print(f"written to {path}")
+
+
+def _loss(loss: float) -> float | None:
+    return None if math.isnan(loss) else round(loss, 4)
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, object]:

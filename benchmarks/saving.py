@@ -1,6 +1,7 @@
 """What saving costs a run on the CPU: waiting for it, and in the background.
 
-    python benchmarks/saving.py [--rounds 5]
+    python benchmarks/saving.py             # writes benchmarks/results/saving.json, prints it
+    python benchmarks/saving.py --rounds 1 --no-write
 
 Runs of one configuration in turn, over several rounds. A step is measured in the processor time of the thread
 that trains, which other processes do not lengthen, and the steps that overlap a save are held against the
@@ -28,10 +29,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the step runs i
 
 import torch
 
+from albor.bench.machine import facts
 from albor.cli import main as albor
 from albor.train.saver import Saver
 from albor.train.step import Trainer
 
+RECORD = Path(__file__).parent / "results" / "saving.json"
 STEPS, EVERY, WARMUP = 49, 6, 4
 MODES = {"waiting": "checkpoint.background=false", "background": "checkpoint.background=true"}
 CONFIG = """\
@@ -121,15 +124,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-write", action="store_true")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     rounds: dict[str, list[dict[str, list[float]]]] = {mode: [] for mode in MODES}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         config = write_project(Path(directory))
-        for number in range(parser.parse_args().rounds):
+        for number in range(arguments.rounds):
             for mode in MODES:
                 rounds[mode].append(measure(config, mode, number))
         size = sum(path.stat().st_size for path in Path("runs/waiting-0/checkpoints").glob("step-*/*"))
-    print(json.dumps({mode: summarise(found) for mode, found in rounds.items()} | {"bytes": size}, indent=1))
+    record = {
+        **facts("cpu"),
+        "command": f"python benchmarks/saving.py --rounds {arguments.rounds}",
+        "load_before": load,
+        "bytes": size,
+        **{mode: summarise(found) for mode, found in rounds.items()},
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    print(text, end="")
+    if not arguments.no_write:
+        RECORD.write_text(text)
+        print(f"written to {RECORD}", file=sys.stderr)
 
 
 if __name__ == "__main__":

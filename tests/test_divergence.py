@@ -347,7 +347,7 @@ def row_10_goes_back(config: Path, act: Callable[[Trainer], None] = poison_gradi
     assert [row["step"] for row in rows(RUN) if "train/loss" in row] == list(range(1, STEPS + 1))
     assert all(row["train/loss"] is not None for row in rows(RUN) if "train/loss" in row)
 
-    stepped = Loop._step
+    stepped = Loop.step
 
     def leap(self: Loop) -> None:
         if self.session.state.step == 8:
@@ -355,7 +355,7 @@ def row_10_goes_back(config: Path, act: Callable[[Trainer], None] = poison_gradi
         stepped(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_step", leap)
+        patch.setattr(Loop, "step", leap)
         assert train(config, "name=told").code == 0
     assert learned() == learned(Path("runs/told"))
     assert bits(RUN)["rows"] == bits(Path("runs/told"))["rows"]
@@ -432,9 +432,9 @@ def row_10_goes_back_to_the_beginning(config: Path) -> None:
             self.session.loader.restore({"samples": 18, "per_source": [18]})
         stepped(self)
 
-    stepped = Loop._step
+    stepped = Loop.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_step", leap)
+        patch.setattr(Loop, "step", leap)
         assert train(config, LATE_SAVES, "name=told").code == 0
     with bad_samples(EARLY, poison_loss):
         assert train(config, LATE_SAVES).code == 0

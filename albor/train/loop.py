@@ -87,11 +87,12 @@ class Loop:
         self._catch_up()
         while session.state.step < config.steps:
             self.stop.check()
-            self._step()
+            self.step()
         if self.saver.saved_step != session.state.step:  # a finished run, which goes on under another name
             self._save(planned=True)
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One step, and what is due after it."""
         session = self.session
         position, before, started = session.loader.state(), session.state.guard, time.perf_counter()
         try:

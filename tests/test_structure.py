@@ -28,6 +28,7 @@ ROWS = (
         "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",
         "memory.estimate", "memory.sweep", "memory.plot", "memory.report", "memory.sweep_report",
         "memory.process", "memory.audit",
+        "ladder.__init__", "ladder.predict",
     ),
     ("memory.arena", "memory.shortage"),
     ("ops",),
@@ -70,7 +71,7 @@ WITHOUT_TORCH = (
     "memory.host", "memory.pytorch", "memory.calibration", "memory.outside", "memory.devices",
     "memory.suggest", "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",
     "memory.estimate", "memory.sweep", "memory.plot", "memory.report",
-    "memory.sweep_report", "memory.process", "memory.audit", "doctor.report",
+    "memory.sweep_report", "memory.process", "memory.audit", "ladder.predict", "doctor.report",
     "cli",
 )  # fmt: skip
 

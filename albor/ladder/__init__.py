@@ -1,0 +1,1 @@
+"""Progressive validation: small runs that earn larger ones, and what they say of these in advance."""

@@ -293,3 +293,24 @@ def test_the_benchmark_of_the_readme_is_the_committed_record():
         faster = system["albor_is_faster_by"]
         assert ratio.strip() == (f"{faster:.2f}x" if faster else "")
         assert first_step.strip() == f"{system['first_step_seconds']:.1f} s"
+
+
+def test_the_speed_of_writing_in_the_docs_is_the_committed_record():
+    table = re.search(
+        r"<!-- decode-benchmark -->(.*?)<!--", (ROOT / "docs/generate.md").read_text(encoding="utf-8"), re.S
+    )
+    record = json.loads((ROOT / "benchmarks/results/decode.json").read_text(encoding="utf-8"))
+    assert table is not None
+    rows = {
+        cells[1].strip(): cells[2:4] for cells in (row.split("|") for row in table[1].splitlines()[3:] if row)
+    }
+    systems = record["systems"]
+    for name, key in {
+        "albor, fp32": "albor fp32, 1 thread",
+        "llama.cpp, F32 file": "llama.cpp F32, 1 thread",
+        "llama.cpp, BF16 file": "llama.cpp BF16, 1 thread",
+    }.items():
+        speed, ratio = map(str.strip, rows.pop(name))
+        assert speed == f"{systems[key]['tokens_per_second']:,}"
+        assert ratio == (f"{systems[key]['albor_is_faster_by']:.2f}x" if "llama" in name else "")
+    assert not rows

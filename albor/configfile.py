@@ -1,4 +1,5 @@
-"""A YAML file and dotted overrides -> a `RunConfig`, or every problem at once, each on its line.
+"""A YAML file and dotted overrides -> a `RunConfig`, or every problem at once, each on its line. Files of
+other kinds (a ladder, a sweep) are read with the same parts: `read_file` and `validate_as`.
 
     configs/mine.yaml:12: model.hiden_size: unknown key; did you mean hidden_size?
     command line: optimizer.lr: is the text 'fast'; a number is expected
@@ -15,7 +16,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -40,6 +41,7 @@ _SOURCES: KeyPath = ("data", "sources")
 _SOURCE_TYPES: dict[str, type[Section]] = {
     get_args(source.model_fields["kind"].annotation)[0]: source for source in get_args(get_args(Source)[0])
 }
+SectionType = TypeVar("SectionType", bound=Section)
 _OVERRIDE = re.compile(r"(?P<key>[\w-]+(?:\.[\w-]+|\[[0-9]+\])*)\s*=(?P<value>.*)", re.DOTALL | re.ASCII)
 
 # Any valid values: they hold the place of required keys that are broken, so that the algebra of all others
@@ -59,15 +61,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     An override's value is YAML. `data.sources[0].weight=2` (or `.0.`) reaches into a list that the file
     gives; `null` clears a key. Raises ConfigError with everything that is wrong.
     """
-    document = read_yaml(_read_text(path), str(path))
-    if document.value is None:
-        problem = Problem("", "the file is empty", "give at least name, model and train", str(path))
-        raise ConfigError([problem])
-    if document.value is UNREADABLE:
-        raise ConfigError(_first(document.problems))
-    if not isinstance(document.value, dict):
-        what = f"the file holds {_describe(document.value).removeprefix('is ')}, not keys"
-        raise ConfigError([Problem("", what, "begin with `name: my-run`", document.where(()))])
+    document = read_file(path, "give at least name, model and train")
     for override in overrides:
         _apply_override(document, override)
 
@@ -78,8 +72,40 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             paths = [_path_of(key) for key in keys]
             document.refuse(paths[0], problem.message, problem.remedy, _blame(document, paths))
     if document.problems:
-        raise ConfigError(_first(sorted(document.problems, key=_line)))
+        raise refused(document)
     return config
+
+
+def read_file(path: Path, least: str) -> Document:
+    """The keys of the YAML file at `path`; `least` is the remedy for an empty one.
+
+    Single keys that are wrong are in its `problems`; raises ConfigError where there are no keys at all.
+    """
+    document = read_yaml(_read_text(path), str(path))
+    if document.value is None:
+        raise ConfigError([Problem("", "the file is empty", least, str(path))])
+    if document.value is UNREADABLE:
+        raise ConfigError(_first(document.problems))
+    if not isinstance(document.value, dict):
+        what = f"the file holds {_describe(document.value).removeprefix('is ')}, not keys"
+        raise ConfigError([Problem("", what, "begin with `name: my-run`", document.where(()))])
+    return document
+
+
+def validate_as(document: Document, root: type[SectionType]) -> SectionType | None:
+    """The keys of `document` as a `root`. None where they are none: `document.problems` then says why, key by
+    key.
+    """
+    try:
+        return root.model_validate(document.value)
+    except ValidationError as invalid:
+        _refuse_all(document, invalid, root)
+        return None
+
+
+def refused(document: Document) -> ConfigError:
+    """Everything that is wrong with a document, in the order of its lines."""
+    return ConfigError(_first(sorted(document.problems, key=_line)))
 
 
 def _path_of(key: str) -> KeyPath:
@@ -175,17 +201,24 @@ def _validate(document: Document) -> tuple[RunConfig, set[str]]:
     try:
         return RunConfig.model_validate(document.value), broken
     except ValidationError as invalid:
-        errors = [(_path(error), error) for error in invalid.errors(include_url=False)]
-
-    # A misspelt key is one problem, not two: the key that was meant is not missing.
-    meant = {_meant(path, error) for path, error in errors if error["type"] == "extra_forbidden"} - {""}
-    for path, error in errors:
-        broken.add(dotted(path))
-        if not _is_echo(error) and not (error["type"] == "missing" and dotted(path) in meant):
-            document.refuse(path, *_explain(path, error))
-    for path, _ in errors:
+        paths, meant = _refuse_all(document, invalid, RunConfig)
+    for path in paths:
         _mend(document.value, path)
-    return RunConfig.model_validate(document.value), broken | meant
+    return RunConfig.model_validate(document.value), broken | meant | {dotted(path) for path in paths}
+
+
+def _refuse_all(
+    document: Document, invalid: ValidationError, root: type[Section]
+) -> tuple[list[KeyPath], set[str]]:
+    """Adds what is wrong with a `root` to the problems. Returns the keys, and those that were misspelt."""
+    errors = [(_path(error), error) for error in invalid.errors(include_url=False)]
+    # A misspelt key is one problem, not two: the key that was meant is not missing.
+    misspelt = (_meant(path, error, root) for path, error in errors if error["type"] == "extra_forbidden")
+    meant = {*misspelt} - {""}
+    for path, error in errors:
+        if not _is_echo(error) and not (error["type"] == "missing" and dotted(path) in meant):
+            document.refuse(path, *_explain(path, error, root))
+    return [path for path, _ in errors], meant
 
 
 def _path(error: ErrorDetails) -> KeyPath:
@@ -270,7 +303,7 @@ _LENGTHS = {
 }
 
 
-def _explain(path: KeyPath, error: ErrorDetails) -> tuple[str, str]:
+def _explain(path: KeyPath, error: ErrorDetails, root: type[Section]) -> tuple[str, str]:
     """What is wrong and what would be right, in albor's words."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind in _EXPECTED:
@@ -286,11 +319,11 @@ def _explain(path: KeyPath, error: ErrorDetails) -> tuple[str, str]:
         bound, words, unit = _LENGTHS[kind]
         return f"has {len(value)} {unit}, where {words} {context[bound]} must be", ""
     if kind == "missing":
-        field = _known_keys(path, error)[str(path[-1])]
+        field = _known_keys(path, error, root)[str(path[-1])]
         meaning = field.description or str(field.annotation.__doc__)  # a section's is its docstring
         return "is missing", f"add it ({meaning.rstrip('.')})"
     if kind == "extra_forbidden":
-        return "unknown key", _advise(path, error)
+        return "unknown key", _advise(path, error, root)
     if kind == "literal_error":
         return _describe(value), f"use {context['expected']}"
     if kind == "union_tag_not_found":
@@ -319,39 +352,48 @@ def _describe(value: Any) -> str:
             return "is a group of keys"
 
 
-def _fields(path: KeyPath, kind: str = "") -> dict[str, FieldInfo]:
+def _fields(root: type[Section], path: KeyPath, kind: str = "") -> dict[str, FieldInfo]:
     """The keys that may stand at `path`, which for an item of `data.sources` depends on its kind."""
     if path[:2] == _SOURCES and len(path) == 3:
         return _SOURCE_TYPES[kind].model_fields
-    fields = RunConfig.model_fields
+    annotation: Any = root
     for step in path:
-        section = fields[str(step)].annotation if step in fields else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return {}
-        fields = section.model_fields
-    return fields
+        if isinstance(step, str):
+            field = _section_in(annotation).get(step)
+            annotation = None if field is None else field.annotation
+    return _section_in(annotation)
 
 
-def _known_keys(path: KeyPath, error: ErrorDetails) -> dict[str, FieldInfo]:
+def _section_in(annotation: Any) -> dict[str, FieldInfo]:
+    """The keys of a section, or of the one that an annotation holds, such as `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.model_fields
+    return next((keys for inner in get_args(annotation) if (keys := _section_in(inner))), {})
+
+
+def _known_keys(path: KeyPath, error: ErrorDetails, root: type[Section]) -> dict[str, FieldInfo]:
     """The keys that may stand beside `path`."""
-    return _fields(path[:-1], str(error["loc"][3]) if path[:2] == _SOURCES and len(path) > 3 else "")
+    kind = str(error["loc"][3]) if path[:2] == _SOURCES and len(path) > 3 else ""
+    return _fields(root, path[:-1], kind)
 
 
-def _meant(path: KeyPath, error: ErrorDetails) -> str:
+def _meant(path: KeyPath, error: ErrorDetails, root: type[Section]) -> str:
     """The dotted key for which the unknown one at `path` was probably meant; empty if none is near."""
     if "." in str(path[-1]):  # `optimizer.lr: 1` in a file, where it is one flat key
         return dotted(path)
-    near = difflib.get_close_matches(str(path[-1]).lower(), _known_keys(path, error), n=1, cutoff=0.7)
+    known = _known_keys(path, error, root)
+    near = difflib.get_close_matches(str(path[-1]).lower(), known, n=1, cutoff=0.7)
     return dotted((*path[:-1], near[0])) if near else ""
 
 
-def _advise(path: KeyPath, error: ErrorDetails) -> str:
+def _advise(path: KeyPath, error: ErrorDetails, root: type[Section]) -> str:
     if "." in str(path[-1]):
         return "dotted keys are for the command line; write one key inside the other"
-    if meant := _meant(path, error):
+    if meant := _meant(path, error, root):
         return f"did you mean {meant.rpartition('.')[2]}?"
     if len(path) <= 2:  # a key of another section
-        homes = [f"{name}.{path[-1]}" for name in RunConfig.model_fields if path[-1] in _fields((name,))]
+        names = root.model_fields
+        homes = [f"{name}.{path[-1]}" for name in names if path[-1] in _fields(root, (name,))]
         if homes:
             return f"did you mean {' or '.join(homes)}?"
-    return f"the keys here are {', '.join(_known_keys(path, error))}"
+    return f"the keys here are {', '.join(_known_keys(path, error, root))}"

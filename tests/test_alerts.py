@@ -17,9 +17,9 @@ from albor.config import RunConfig
 from albor.configfile import dump_config, load_config
 from albor.errors import ConfigError
 from albor.metric_names import metric_names
-from albor.runlog import read_rows
+from albor.runlog import known_metrics, read_rows
 from albor.train.loop import Loop
-from albor.train.metrics import MetricsLog, known_metrics
+from albor.train.metrics import MetricsLog
 
 RUN = Path("runs/tiny")
 

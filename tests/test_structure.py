@@ -21,6 +21,7 @@ ROWS = (
         "durable", "runlog", "build", "parent", "child_process", "kernels",
     ),
     ("yamlcore", "config", "configfile", "architecture", "metric_names", "floor", "gguffile"),
+    ("runs",),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
         "memory.cards", "memory.nvml", "memory.host", "memory.pytorch",
@@ -66,7 +67,7 @@ STRANGERS = (
 
 WITHOUT_TORCH = (
     "errors", "units", "faults", "alerts", "spikes", "config", "configfile", "architecture", "floor",
-    "runlog", "memory.packing",
+    "runlog", "runs.owner", "runs.record", "runs.state", "runs.follow", "memory.packing",
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
     "memory.host", "memory.pytorch", "memory.calibration", "memory.outside", "memory.devices",
     "memory.suggest", "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",

@@ -23,11 +23,12 @@ from albor.generate.smoke import Finding, smoke_test
 from albor.memory.plan import evaluation_batch
 from albor.memory.shortage import give_back, is_out_of_memory
 from albor.model.decode import Decoder
+from albor.runlog import known_metrics
 from albor.seeds import derive_seed
 from albor.train.display import Display
 from albor.train.divergence import NOT_FINITE, Divergence
 from albor.train.memory_record import MemoryRecord
-from albor.train.metrics import MetricsLog, known_metrics
+from albor.train.metrics import MetricsLog
 from albor.train.saver import Saver
 from albor.train.session import Session
 from albor.train.signals import Stopped, StopRequest

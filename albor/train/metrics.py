@@ -89,18 +89,6 @@ class MetricsLog:
                 )
 
 
-def known_metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """The metrics of a row of metrics.jsonl as they were before it was written, NaN and infinity included."""
-    odd = row.get("non_finite")
-    found: dict[str, float | None] = {}
-    for name, value in row.items():
-        if isinstance(odd, dict) and odd.get(name) in ("nan", "inf", "-inf"):
-            found[name] = float(odd[name])
-        elif name not in ("step", "tokens", "non_finite"):
-            found[name] = value if isinstance(value, int | float) else None
-    return found
-
-
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     line = _encode(record)
     # Opened anew each time, so that a log recovers by itself once the disk has room or the folder is back.

@@ -23,9 +23,8 @@ from albor.configfile import dump_config
 from albor.errors import AlborError
 from albor.memory.estimate import Estimate
 from albor.memory.plan import MemoryPlan
+from albor.runs.owner import LOCK, clear_owner, write_owner
 from albor.strictjson import from_json, read_bounded
-
-LOCK = ".lock"  # held while a process trains in the directory; stays there, empty
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -53,9 +52,11 @@ def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[bool]:
     handle, refusal = claimed
     if refusal:
         warn(f"{directory} cannot be locked ({refusal}); see to it that no other process trains in it")
+    write_owner(handle)
     try:
         yield not refusal
     finally:
+        clear_owner(handle)
         # A run that was refused leaves nothing.
         if directory in created and not has_begun(directory):
             with suppress(OSError):

@@ -36,7 +36,8 @@ from albor.faults import VARIABLE
 from albor.memory.estimate import Estimate, check_fits
 from albor.progress import show_progress, signals_unwind
 from albor.runlog import EVENTS, METRICS, read_rows
-from albor.train.run_directory import LOCK, lock_file
+from albor.runs.owner import LOCK
+from albor.train.run_directory import lock_file
 from albor.train.saver import size_on_disk
 from albor.units import format_bytes
 

@@ -71,3 +71,25 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, le=_LARGEST), _
 def format_bytes(size: int) -> str:
     """`size` for people: in GiB, or in MiB where that would show nothing."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"
+
+
+def format_duration(seconds: float | None) -> str:
+    """`7s`, `3m10s`, `2h05m`, `3d04h`; `-` where it is not known."""
+    if seconds is None:
+        return "-"
+    whole = round(seconds)
+    for unit, smaller, size, part in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // part:02d}{smaller}"
+    return f"{whole}s"
+
+
+def format_count(count: float | None) -> str:
+    """`840`, `5.2k`, `118k`, `1.3M`, `2.0B`; `-` where it is not known."""
+    if count is None:
+        return "-"
+    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size * 0.9995:
+            scaled = count / size
+            return f"{scaled:.1f}{suffix}" if scaled < 99.95 else f"{scaled:.0f}{suffix}"
+    return f"{count:.0f}"

@@ -16,11 +16,10 @@ from albor.train.display import (
     LiveDisplay,
     PlainDisplay,
     RemainingTime,
-    format_count,
-    format_duration,
     make_display,
 )
 from albor.train.report import Summary, compression_bits_per_byte, draw_loss_curve, print_summary
+from albor.units import format_count, format_duration
 
 ROW = {
     "train/loss": 4.321,
@@ -183,8 +182,19 @@ def test_formats() -> None:
     assert [format_duration(s) for s in durations] == [
         *("-", "0s", "59s", "1m00s", "3m10s", "1h00m", "2h05m", "1d00h", "3d04h"),
     ]
-    counts = [None, 0, 840, 999.7, 5210, 99_960, 118_000, 1_300_000]
-    assert [format_count(n) for n in counts] == ["-", "0", "840", "1.0k", "5.2k", "100k", "118k", "1.3M"]
+    counts = [None, 0, 840, 999.7, 5210, 99_960, 118_000, 1_300_000, 2e9, 3e12]
+    assert [format_count(n) for n in counts] == [
+        "-",
+        "0",
+        "840",
+        "1.0k",
+        "5.2k",
+        "100k",
+        "118k",
+        "1.3M",
+        "2.0B",
+        "3.0T",
+    ]
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])

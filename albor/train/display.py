@@ -21,6 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from albor.units import format_count, format_duration
+
 Metrics = Mapping[str, float | None]
 
 _SPEED_ROWS = 20  # the time left follows the speed over this many rows
@@ -194,28 +196,6 @@ def make_display(
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveDisplay(console, remaining, title)
     return PlainDisplay(console, remaining)
-
-
-def format_duration(seconds: float | None) -> str:
-    """`7s`, `3m10s`, `2h05m`, `3d04h`; `-` where it is not known."""
-    if seconds is None:
-        return "-"
-    whole = round(seconds)
-    for unit, smaller, size, part in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // part:02d}{smaller}"
-    return f"{whole}s"
-
-
-def format_count(count: float | None) -> str:
-    """`840`, `5.2k`, `118k`, `1.3M`; `-` where it is not known."""
-    if count is None:
-        return "-"
-    for suffix, size in (("M", 1e6), ("k", 1e3)):
-        if count >= size * 0.9995:
-            scaled = count / size
-            return f"{scaled:.1f}{suffix}" if scaled < 99.95 else f"{scaled:.0f}{suffix}"
-    return f"{count:.0f}"
 
 
 _LINE_FORMS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -173,6 +174,71 @@ for number in range(64):
         assert SANDBOX.run(descriptors) == "passed"
 
 
+CALLS = {  # name: number on x86_64 and on aarch64, arguments that a kernel without the filter takes
+    "shmget": ((29, 194), (0, 4096, 0o1600)),
+    "shmat": ((30, 196), (0, 0, 0)),
+    "msgget": ((68, 186), (0, 0o1600)),
+    "semget": ((64, 190), (0, 1, 0o1600)),
+    "io_uring_setup": ((425, 425), (0, 0)),
+    "keyctl": ((250, 219), (0, -3, 0)),
+    "add_key": ((248, 217), (0, 0, 0, 0, -3)),
+    "ptrace": ((101, 117), (0, 0, 0, 0)),
+    "bpf": ((321, 280), (0, 0, 0)),
+    "perf_event_open": ((298, 241), (0, 0, 0, -1, 0)),
+    "userfaultfd": ((323, 282), (1,)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_no_limit_covers_is_refused_by_the_kernel(name: str):
+    """EPERM, whatever the arguments: memory that counts towards no limit, and ways around the others."""
+    numbers, arguments = CALLS[name]
+    number = numbers[platform.machine() == "aarch64"]
+    program = f"""
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.syscall({number}, {", ".join(map(str, arguments))}) == -1
+assert ctypes.get_errno() == errno.EPERM, ctypes.get_errno()
+"""
+    assert SANDBOX.run(program) == "passed"
+
+
+def test_only_sockets_of_its_own_network_can_be_made():
+    """A machine's host (AF_VSOCK, 40) and the kernel's ciphers (AF_ALG, 38) are in no network namespace."""
+    made = (
+        "import socket\nfor f in (1, 2, 10): socket.socket(f, socket.SOCK_DGRAM).close()\nsocket.socketpair()"
+    )
+    assert SANDBOX.run(made) == "passed"
+    for family, kind in ((40, "STREAM"), (38, "SEQPACKET"), (17, "RAW"), (31, "RAW")):
+        program = f"""
+import errno, socket
+try:
+    socket.socket({family}, socket.SOCK_{kind})
+except OSError as error:
+    assert error.errno == errno.EPERM, error
+else:
+    raise AssertionError
+"""
+        assert SANDBOX.run(program) == "passed", family
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another convention for calls is x86_64's only")
+def test_the_numbers_of_another_convention_do_not_help():
+    x32 = """
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.syscall(0x40000000 | 41, 40, 1, 0) == -1 and ctypes.get_errno() == errno.EPERM
+"""
+    assert SANDBOX.run(x32) == "passed"
+    compat = """  # a call of the 32-bit convention, which has numbers of its own
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+code.write(bytes([0xb8, 20, 0, 0, 0, 0xcd, 0x80, 0xc3]))  # getpid
+ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
+"""
+    assert SANDBOX.run(compat) == "failed"
+
+
 def test_it_gets_no_privileges():
     program = """
 import ctypes, os
@@ -223,6 +289,9 @@ def test_where_no_namespace_can_be_had_nothing_is_run(tmp_path: Path):
         ('options["visible"]:', 'options["visible"] + ["/home"]:'),
         ('_libc.umount2, b".", _MNT_DETACH', "_libc.getpid"),
         ('{"PATH": "/usr/bin:/bin"', '{"TOKEN": "secret"'),
+        ("    _deny()\n", ""),
+        ('"shmget": (29, 194), ', ""),
+        ("_FAMILIES = (1, 2, 10, 16)", "_FAMILIES = (1, 2, 10, 16, 40)"),
     ],
 )
 def test_the_check_finds_isolation_that_does_not_hold(

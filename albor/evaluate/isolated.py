@@ -6,7 +6,8 @@ It is a file of its own, run by a fresh interpreter, because a process with thre
 enter a user namespace. In namespaces of its own the program has no network (an interface list of nothing but
 a loopback that is down), sees no other process, and a file system of nothing but a read-only Python and an
 empty /tmp in memory: no home directory, no /proc, no /sys. It runs as an unprivileged user without
-capabilities, under limits, and with an empty environment. When it ends, all that it started ends.
+capabilities, under limits, and with an empty environment. What neither a namespace nor a limit covers, the
+kernel refuses it by its number (`_DENIED`). When it ends, all that it started ends.
 
 Nothing here is optional: what cannot be done ends this with exit code 70 and a line that says what it was,
 and the program has not run. albor.evaluate.sandbox makes a message of it.
@@ -20,6 +21,7 @@ import os
 import platform
 import resource
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -30,11 +32,27 @@ _NEWUSER, _NEWPID, _NEWNET = 0x10000000, 0x20000000, 0x40000000
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
 _AT_FDCWD, _AT_RECURSIVE, _MNT_DETACH = -100, 0x8000, 2
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 1, 38, 4
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SECCOMP_MODE_FILTER = 1, 22, 38, 2
 _SYSCALLS = {  # pivot_root, mount_setattr
     "x86_64": (155, 442),
     "aarch64": (41, 442),
 }
+# System calls that reach past namespaces and limits, x86_64 and aarch64. Shared memory of System V counts
+# towards no limit of a process, and its queues and semaphores lie in the kernel's memory; io_uring opens
+# sockets without `socket`; the others are ways into the kernel that no solution of a problem needs.
+_DENIED = {
+    "shmget": (29, 194), "shmat": (30, 196), "msgget": (68, 186), "semget": (64, 190),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "ptrace": (101, 117),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+}  # fmt: skip
+_SOCKET = (41, 198)
+# A virtual machine's socket to its host (AF_VSOCK) and some others belong to no network namespace.
+_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: these do
+_ARCHITECTURES = (0xC000003E, 0xC00000B7)  # AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64
+_X32 = 0x40000000  # from here on x86_64 has the numbers of another convention
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # of the kernel's packet filter
+_ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | 1  # the last one with EPERM
 _INSIDE = 1000  # the program's user and group in its namespace
 _NOBODY = 65534  # what that is outside, where root starts this: no file is root's to it
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -131,6 +149,7 @@ def _run(parent: int, options: dict[str, Any], program: bytes) -> NoReturn:
     os.setresuid(_INSIDE, _INSIDE, _INSIDE)
     _call("giving up privileges", _libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _die_with(parent)
+    _deny()
     os.closerange(3, options["result"])
     os.closerange(options["result"] + 1, 65536)
     null = os.open("/dev/null", os.O_RDWR)
@@ -198,6 +217,37 @@ def _die_with(parent: int) -> None:
     _call("tying it to its parent", _libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() not in (parent, 0):
         os._exit(REFUSED)
+
+
+def _deny() -> None:
+    """From now on the calls in `_DENIED`, and sockets that are not of `_FAMILIES`, fail with EPERM."""
+    which = list(_SYSCALLS).index(platform.machine())
+
+    def step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+        return struct.pack("HBBI", code, if_true, if_false, value)
+
+    def when(value: int, then: int, code: int = _IF_EQUAL) -> list[bytes]:
+        return [step(code, value, 0, 1), step(_RETURN, then)]
+
+    # struct seccomp_data: the call's number at 0, the architecture at 4, the first argument at 16.
+    families = [
+        step(_LOAD, 16),
+        *(part for f in _FAMILIES for part in when(f, _ALLOW)),
+        step(_RETURN, _REFUSE),
+    ]
+    steps = [
+        step(_LOAD, 4),
+        step(_IF_EQUAL, _ARCHITECTURES[which], 1, 0),
+        step(_RETURN, _KILL),
+        step(_LOAD, 0),
+    ]
+    steps += when(_X32, _REFUSE, _IF_AT_LEAST)
+    for numbers in _DENIED.values():
+        steps += when(numbers[which], _REFUSE)
+    steps += [step(_IF_EQUAL, _SOCKET[which], 0, len(families)), *families, step(_RETURN, _ALLOW)]
+    code = ctypes.create_string_buffer(b"".join(steps))
+    program = struct.pack("HP", len(steps), ctypes.addressof(code))
+    _call("refusing system calls", _libc.prctl, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0)
 
 
 def _write(path: str, content: str) -> None:

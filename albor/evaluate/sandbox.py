@@ -153,7 +153,7 @@ assert Path(_PYTHON).is_absolute()
 
 # What must not work, tried before anything else is run. It ends before its last line if something does.
 _PROBE = """
-import os, socket, sys
+import ctypes, os, socket, sys
 
 def impossible(attempt):
     try:
@@ -167,6 +167,12 @@ def connect(address, family=socket.AF_INET):
         s.connect(address)
         s.send(b"x")
 
+def shared_memory():
+    if ctypes.CDLL(None).shmget(0, 4096, 0o1600) < 0:
+        raise OSError
+
+impossible(shared_memory)
+impossible(lambda: socket.socket(getattr(socket, "AF_VSOCK", 40), socket.SOCK_STREAM).close())
 impossible(lambda: connect(("192.0.2.1", 53)))
 impossible(lambda: connect(("127.0.0.1", 53)))
 impossible(lambda: open("/written", "w"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -21,10 +22,11 @@ from writing_cases import make_tokenizer, save_run
 
 from albor.data.tokenizer import Tokenizer
 from albor.generate.chat import Turn, encode
-from albor.generate.generate import Settings, generate, write
+from albor.generate.generate import Generation, Settings, generate, write
 from albor.generate.load import load_to_write
 from albor.model.decode import Decoder
-from albor.serve.requests import Refused, read_request
+from albor.serve.engine import Engine
+from albor.serve.requests import Asked, Refused, read_request
 
 CONTEXT = 8192  # so long that a text is still being written when something is done about it
 KEY = "a secret"
@@ -158,6 +160,7 @@ BAD = {
     "a truth as a number": ({"prompt": "a", "max_tokens": True}, "has to be a whole number", "max_tokens"),
     "a negative temperature": ({"prompt": "a", "temperature": -1}, "use 0", "temperature"),
     "a NaN": (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', "temperature", "temperature"),
+    "a number without end": ({"prompt": "a", "temperature": 10**400}, "too large", "temperature"),
     "no tokens": ({"prompt": "a", "max_tokens": 0}, "1 or more", "max_tokens"),
     "an empty stop": ({"prompt": "a", "stop": [""]}, "is empty", "stop"),
     "a stop of numbers": ({"prompt": "a", "stop": [1]}, "list of texts", "stop"),
@@ -287,6 +290,45 @@ def test_more_than_may_wait_are_refused(url: str) -> None:
     assert [answer.status_code for answer in answers if answer not in refused] == [200] * WAITING
     assert "try again later" in refused[0].json()["error"]["message"]
     assert refused[0].headers["retry-after"] == "1"
+
+
+def test_who_reads_slowly_does_not_hold_the_slot(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    async def both() -> tuple[Generation, Generation]:
+        engine = Engine(decoder, tokenizer, waiting=1)
+
+        def asked(text: str, tokens: int) -> Asked:
+            ids = (tokenizer.end_of_document_id, *tokenizer.encode(text).tolist())
+            return Asked("completion", ids, Settings(tokens, temperature=0), stream=True, include_usage=False)
+
+        slow = engine.pieces(asked("the", 500))
+        await anext(slow)  # and then looks at none for a while
+        *_, second = [piece async for piece in engine.pieces(asked("a", 5))]
+        *_, first = [piece async for piece in slow]
+        engine.close()
+        return first, second
+
+    first, second = asyncio.run(asyncio.wait_for(both(), 60))
+    assert (len(first.tokens), len(second.tokens)) == (500, 5)
+    assert first.text == generate(decoder, tokenizer, "the", max_tokens=500, temperature=0).text
+    assert second.text == generate(decoder, tokenizer, "a", max_tokens=5, temperature=0).text
+
+
+def test_a_page_of_another_name_is_refused_where_there_is_no_key(run: Path, url: str) -> None:
+    """DNS rebinding: a site's own name, with this machine's address behind it."""
+    process, said = start(run)
+    try:
+        port = said["url"].removesuffix("/v1").rsplit(":", 1)[1]
+        for name, status in ((f"localhost:{port}", 200), (f"[::1]:{port}", 200), ("evil.example", 403)):
+            assert httpx.get(f"{said['url']}/models", headers={"Host": name}).status_code == status, name
+        refused = post(said["url"], "/completions", ENDLESS, headers={
+            "Host": "evil.example", "Content-Type": "application/json",
+        })  # fmt: skip
+        assert "use 127.0.0.1 or localhost" in refused.json()["error"]["message"]
+    finally:
+        process.terminate()
+        process.wait()
+    with_key = {"Host": "my.example", "Authorization": f"Bearer {KEY}"}
+    assert httpx.get(f"{url}/models", headers=with_key).status_code == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

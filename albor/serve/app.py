@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import secrets
 import time
@@ -40,10 +41,15 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Service:
-    """The routes over one model, which clients know as `model_id`."""
+    """The routes over one model, which clients know as `model_id`.
 
-    def __init__(self, engine: Engine, model_id: str, api_key: str | None):
+    Without a key a `local` service, which only this machine reaches, is asked for by its address or as
+    localhost: a web page whose site gave itself this machine's address (DNS rebinding) has its own name.
+    """
+
+    def __init__(self, engine: Engine, model_id: str, api_key: str | None, *, local: bool):
         self._engine, self._model_id, self._api_key = engine, model_id, api_key
+        self._by_address_only = local and api_key is None
         self._created = int(time.time())
 
     def application(self) -> Starlette:
@@ -72,6 +78,11 @@ class Service:
                 wanted = f"Bearer {self._api_key}"
                 if not hmac.compare_digest(given.encode(), wanted.encode()):
                     raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+            elif self._by_address_only and not _is_address(request.url.hostname):
+                name = request.url.hostname
+                raise Refused(
+                    403, f"not as {name!r}: use 127.0.0.1 or localhost, or start it with --api-key-env"
+                )
             return await handler(request)
 
         return checked
@@ -146,8 +157,18 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+def _is_address(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(host or "")
+    except ValueError:
+        return False
+    return True
+
+
 async def _read_json(request: Request) -> Any:
-    # A browser asks before it sends this type to another site's server; so no web page can use this one.
+    # A browser asks before it sends this type to another site's server; so no other site's page can use it.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the Content-Type has to be application/json")
     body = bytearray()

@@ -46,7 +46,8 @@ def run_serve(
 
         loaded = load_to_write(run)
         engine = Engine(Decoder(loaded.model, loaded.arena), loaded.tokenizer, waiting)
-        application = Service(engine, loaded.config.name, api_key).application()
+        local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        application = Service(engine, loaded.config.name, api_key, local=local).application()
         config = uvicorn.Config(
             application, log_level="warning", access_log=False, lifespan="off", ws="none",
             server_header=False, timeout_graceful_shutdown=_GRACE_SECONDS,
@@ -59,7 +60,9 @@ def run_serve(
         # uvicorn repeats a signal for the handlers from before, once it has ended in order: these.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
-        _announce(listener, loaded.config.name, loaded.tokenizer.can_chat, api_key is None, as_json)
+        _announce(
+            listener, loaded.config.name, loaded.tokenizer.can_chat, local or api_key is not None, as_json
+        )
         server.run(sockets=[listener])
         engine.close()
 
@@ -91,7 +94,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(listener: socket.socket, model: str, chats: bool, is_open: bool, as_json: bool) -> None:
+def _announce(listener: socket.socket, model: str, chats: bool, is_safe: bool, as_json: bool) -> None:
     """Where clients find the server, on standard output: its port may have been 0."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -103,5 +106,5 @@ def _announce(listener: socket.socket, model: str, chats: bool, is_open: bool, a
             print(
                 "its tokenizer has no markers for the turns of a chat: /v1/completions only", file=sys.stderr
             )
-    if is_open and not ipaddress.ip_address(host).is_loopback:
+    if not is_safe:
         print(f"albor: everyone who reaches {host} may use it; --api-key-env asks for a key", file=sys.stderr)

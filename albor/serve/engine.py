@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 
 from albor.data.tokenizer import Tokenizer
 from albor.generate.generate import EndWriting, Generation, write
@@ -32,45 +31,51 @@ class Engine:
     async def pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
         """The answer's text in pieces, and then the whole generation.
 
-        Whoever stops iterating (`aclose`) ends the writing, and the slot is free once it ended. Raises
-        Refused where too many wait, before the first piece, and what `write` raises.
+        What is written waits here for whoever iterates: the slot is free when the writing has ended, however
+        slowly it is read. Whoever stops iterating (`aclose`) ends the writing. Raises Refused where too many
+        wait, before the first piece, and what `write` raises.
         """
         if self._present > self._waiting:
             raise Refused(503, f"{self._present} requests are being answered or wait; try again later")
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()  # never more than the context holds
+        given_up = threading.Event()
         self._present += 1
+        writing = asyncio.ensure_future(self._write(asked, pieces, given_up))
+        writing.add_done_callback(self._left)
         try:
-            async with self._slot, aclosing(self._write(asked)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield await writing
         finally:
-            self._present -= 1
+            given_up.set()  # heard before the next token; who writes next comes after it in the one thread
+            writing.cancel()
 
-    async def _write(self, asked: Asked) -> AsyncGenerator[Piece, None]:
-        loop, given_up = asyncio.get_running_loop(), threading.Event()
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+    def _left(self, writing: asyncio.Future[Generation]) -> None:
+        self._present -= 1
+        if not writing.cancelled():
+            writing.exception()  # looked at, so that asyncio does not complain of one that nobody awaited
+
+    async def _write(
+        self, asked: Asked, pieces: asyncio.Queue[str | None], given_up: threading.Event
+    ) -> Generation:
+        """Writes to `pieces`, behind whoever has the slot; None is the end."""
+        loop = asyncio.get_running_loop()
 
         def on_token() -> None:
             if given_up.is_set():
                 raise EndWriting
 
         def work() -> Generation:
-            try:
-                return write(
-                    self.decoder, self.tokenizer, asked.prompt_ids, asked.settings,
-                    on_text=lambda piece: _tell(loop, pieces, piece), on_token=on_token,
-                )  # fmt: skip
-            finally:
-                _tell(loop, pieces, None)
+            return write(
+                self.decoder, self.tokenizer, asked.prompt_ids, asked.settings,
+                on_text=lambda piece: _tell(loop, pieces, piece), on_token=on_token,
+            )  # fmt: skip
 
-        writing = loop.run_in_executor(self._thread, work)
         try:
-            while (piece := await pieces.get()) is not None:
-                yield piece
-            yield await writing
+            async with self._slot:
+                return await loop.run_in_executor(self._thread, work)
         finally:
-            given_up.set()
-            # The next request must not begin before this one's last token is done, whoever cancels us.
-            await _ended(writing)
+            pieces.put_nowait(None)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -80,14 +85,3 @@ class Engine:
 def _tell(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[str | None], piece: str | None) -> None:
     call: Callable[[str | None], None] = queue.put_nowait
     loop.call_soon_threadsafe(call, piece)
-
-
-async def _ended(writing: asyncio.Future[Generation]) -> None:
-    """Waits for the thread even while this task is being cancelled: a token takes milliseconds."""
-    while not writing.done():
-        try:
-            await asyncio.wait([writing])
-        except asyncio.CancelledError:
-            continue
-    if not writing.cancelled():
-        writing.exception()  # looked at, so that asyncio does not complain of one that nobody awaited

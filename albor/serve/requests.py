@@ -236,4 +236,7 @@ def _number(given: dict[str, Any], name: str, default: float) -> float:
     value = given.get(name, default)
     if type(value) not in (int, float):
         raise Refused(400, f"{name} has to be a number", name, "invalid_type")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:  # JSON's whole numbers have no end
+        raise Refused(400, f"{name} is too large", name) from error

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO
 
 _KEPT_LINES = 200  # the last words, for when it fails
-_LONGEST_LINE = 1 << 14  # characters; what is longer is cut, not kept in memory until it ends
+_LONGEST_LINE = 1 << 16  # characters; what is longer is cut, not kept in memory until it ends
 _POLL_SECONDS = 0.05
 
 
@@ -24,8 +24,8 @@ class Child:
     """`albor ARGUMENTS`, from its start. What it prints goes to `on_line`, from a thread of its own.
 
     It has a session of its own: a Ctrl-C that is typed is for whoever started it to deal with. Leaving the
-    block kills what still runs. With a file as `output`, standard output goes there (an object of `--json` may
-    be longer than a line), and only standard error to `on_line`.
+    block kills what still runs. With a file as `output`, standard output goes there (an object of `--json`
+    may be longer than a line), and only standard error to `on_line`.
     """
 
     def __init__(

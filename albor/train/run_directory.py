@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from albor.build import build_id
 from albor.config import RunConfig
 from albor.configfile import dump_config
 from albor.errors import AlborError
+from albor.filelock import lock_file
 from albor.memory.estimate import Estimate
 from albor.memory.plan import MemoryPlan
 from albor.runs.owner import LOCK, clear_owner, write_owner
@@ -69,26 +69,6 @@ def claim(directory: Path, warn: Callable[[str], None]) -> Iterator[bool]:
 def has_begun(directory: Path) -> bool:
     """Whether a claimed directory holds anything of a run."""
     return os.listdir(directory) != [LOCK]
-
-
-def lock_file(path: Path) -> tuple[int, str | None] | None:
-    """The open file at `path`, and why it could not be locked, if so; None if another process has locked
-    it.
-    """
-    while True:
-        # For writing, because NFS makes a lock on a byte range of flock, and an exclusive one needs that.
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except OSError as error:
-            return handle, error.strerror
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle, None
-        os.close(handle)  # its last owner has removed it since we opened it
 
 
 def write_description(directory: Path, given: str, target: Estimate) -> None:

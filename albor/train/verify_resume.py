@@ -13,10 +13,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,15 +26,16 @@ from rich.console import Console
 from safetensors import safe_open
 
 from albor.checkpoint import CHECKPOINTS, checkpoint_name, read_state, verify
+from albor.child_process import Child
 from albor.config import RunConfig
 from albor.data.prepare import check_horizon, prepare
 from albor.errors import AlborError, ConfigError, Interrupted, Problem
 from albor.faults import VARIABLE
+from albor.filelock import lock_file
 from albor.memory.estimate import Estimate, check_fits
 from albor.progress import show_progress, signals_unwind
 from albor.runlog import EVENTS, METRICS, read_rows
 from albor.runs.owner import LOCK
-from albor.train.run_directory import lock_file
 from albor.train.saver import size_on_disk
 from albor.units import format_bytes
 
@@ -50,7 +48,6 @@ _POLL_SECONDS = 0.1
 _TEMPORARY = ".verify-resume-"
 _ABANDONED_AFTER_SECONDS = 10.0  # covers the moment between the making of a directory and its lock
 _CHECKPOINTS = 4  # at a time: those of three runs, of which one replaces its own
-_KEPT_OUTPUT = 1 << 16  # bytes of a command's last words
 
 
 @dataclass(frozen=True)
@@ -196,37 +193,11 @@ def run_command(
     Returns its exit code, or minus the number of the signal that ended it, and its last words. They are kept
     in memory: the disk may be what it fails of.
     """
-    command = [sys.executable, "-m", "albor.child", str(os.getpid()), "train", *arguments]
-    # A session of its own: a Ctrl-C that is typed is ours to deal with.
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    output, pipe = bytearray(), process.stdout
-
-    def keep() -> None:
-        while part := os.read(pipe.fileno(), _KEPT_OUTPUT):
-            output.extend(part)
-            del output[:-_KEPT_OUTPUT]
-
-    reader = threading.Thread(target=keep, daemon=True)
-    reader.start()
-    try:
-        while process.poll() is None:
+    with Child(["train", *arguments], environment=environment) as child:
+        while (code := child.poll()) is None:
             while_it_runs()
             time.sleep(_POLL_SECONDS)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        reader.join()  # nobody holds the pipe's other end any more
-        pipe.close()
-    return process.returncode, output.decode(errors="replace")
+    return code, child.last_words
 
 
 def _check_room(directory: Path, target: Estimate) -> None:

@@ -232,6 +232,14 @@ def test_the_numbers_of_a_gguf_are_those_that_were_meant(tmp_path: Path):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"hidden_size": "24"}, "no hidden_size that is a number"),
+        ({"num_hidden_layers": 10**30}, "no num_hidden_layers that is a number"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads '2', which is no positive number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5', which is no positive number"),
+        ({"rms_norm_eps": [1e-5]}, "rms_norm_eps"),
+        ({"max_position_embeddings": 1.5}, "max_position_embeddings 1.5, which is no positive number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings 'no', which is no truth value"),
+        ({"rope_parameters": "default"}, "rope_parameters 'default', which is no JSON object"),
+        ({"rope_parameters": None, "rope_theta": True}, "rope_theta True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -242,6 +250,17 @@ def test_a_model_that_albor_cannot_be_is_refused_by_the_key(
     with pytest.raises(ConfigError, match=said) as caught:
         open_pretrained(tmp_path / "llama")
     assert {problem.key for problem in caught.value.problems} == {"model.init_from"}
+
+
+def test_what_is_null_is_what_transformers_takes_instead(tmp_path: Path):
+    left_out = dict.fromkeys(
+        ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "head_dim")
+    )
+    write_llama(tmp_path / "llama", model_of(), **left_out)
+    keys = open_pretrained(tmp_path / "llama").keys
+    assert keys["num_key_value_heads"] == keys["num_attention_heads"]
+    found = keys["max_position_embeddings"], keys["rms_norm_eps"], keys["tie_word_embeddings"]
+    assert found == (2048, 1e-6, False)
 
 
 @pytest.mark.parametrize(

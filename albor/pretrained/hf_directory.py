@@ -29,9 +29,17 @@ _FIXED: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+_LARGEST = 2**63 - 1  # number that can be meant
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
 )  # fmt: skip
+
+# What a LlamaConfig has where these are left out, or null.
+_DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 
 def open_directory(path: Path) -> Pretrained:
@@ -51,10 +59,21 @@ def open_directory(path: Path) -> Pretrained:
     if classes and classes != ["LlamaForCausalLM"]:
         problems.append(f"{CONFIG} has architectures {classes!r}, and albor reads LlamaForCausalLM only")
     sizes: dict[str, Any] = {key: config.get(key) for key in _SIZES}
-    missing = [key for key, value in sizes.items() if type(value) is not int or value < 1]
+    missing = [key for key, value in sizes.items() if not _is_a(int, value)]
     problems += [f"{CONFIG} has no {key} that is a number" for key in missing]
+    given = {key: default if config.get(key) is None else config[key] for key, default in _DEFAULTS.items()}
+    for key, value in given.items():
+        kind = type(_DEFAULTS[key])
+        if not _is_a(kind, value):
+            wanted = "truth value" if kind is bool else "positive number"
+            problems.append(f"{CONFIG} has {key} {value!r}, which is no {wanted}")
     theta, rope_problems = _rope(config)
     problems += rope_problems
+    kv_heads = config.get("num_key_value_heads")
+    if kv_heads is None:
+        kv_heads = sizes["num_attention_heads"]
+    elif not _is_a(int, kv_heads):
+        problems.append(f"{CONFIG} has num_key_value_heads {kv_heads!r}, which is no positive number")
     if not missing:
         width = sizes["hidden_size"] // sizes["num_attention_heads"]
         if config.get("head_dim") not in (None, width):
@@ -66,11 +85,11 @@ def open_directory(path: Path) -> Pretrained:
         raise refusal(path, problems)
     keys = {
         **sizes,
-        "num_key_value_heads": config.get("num_key_value_heads") or sizes["num_attention_heads"],
-        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": given["max_position_embeddings"],
         "rope_theta": theta,
-        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "rms_norm_eps": float(given["rms_norm_eps"]),
+        "tie_word_embeddings": given["tie_word_embeddings"],
     }
     tokenizer = next((path / name for name in _TOKENIZERS if (path / name).is_file()), None)
     return Pretrained(path, keys, _Safetensors(path), tokenizer)
@@ -128,18 +147,25 @@ def _rope(config: dict[str, Any]) -> tuple[float, list[str]]:
     scaling = config.get("rope_scaling") or {}
     problems = []
     for name, section in (("rope_parameters", nested), ("rope_scaling", scaling)):
-        kind = (
-            section.get("rope_type", section.get("type", "default")) if isinstance(section, dict) else section
-        )
-        if kind != "default":
+        if not isinstance(section, dict):
+            problems.append(f"{CONFIG} has {name} {section!r}, which is no JSON object")
+        elif (kind := section.get("rope_type", section.get("type", "default"))) != "default":
             problems.append(f"{CONFIG} has {name} of type {kind!r}, and albor turns by the default only")
     if problems:
         return 0.0, problems
     given = nested.get("rope_theta", config.get("rope_theta", 10000.0))
-    if type(given) not in (int, float) or given <= 0:
+    if not _is_a(float, given):
         problems.append(f"{CONFIG} has rope_theta {given!r}")
         return 0.0, problems
     return float(given), problems
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value of JSON is a truth value, or a positive whole number, or any positive number."""
+    if kind is bool or type(value) is bool:
+        return kind is type(value)
+    kinds = (int, float) if kind is float else (int,)
+    return type(value) in kinds and 0 < value <= _LARGEST
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:

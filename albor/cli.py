@@ -826,6 +826,43 @@ def inspect_spike(
 
 
 @app.command()
+def monitor(
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RUN]",
+            help="A run directory, or a ladder's or sweep's, whose current rung or trial is followed. "
+            "[default: the only run in progress under runs/]",
+            show_default=False,
+        ),
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print what there is to see now, as plain lines, and end.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="Look this often.")
+    ] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a run in progress from another terminal. Reads its directory, and never disturbs it.
+
+    \b
+    albor monitor
+    albor monitor runs/quickstart
+    albor monitor runs/quickstart --once
+    albor monitor runs/quickstart --json > now.json
+
+    Loss, learning rate, speed, memory against plan, gradient norms by block,
+    events, samples, alerts, and the time that is left. ? shows the keys; q ends
+    the monitor, not the run. A pipe gets what --once prints. Needs
+    pip install 'albor\\[monitor]'; --json does not.
+    """
+    from albor.monitor.command import run_monitor
+
+    raise typer.Exit(run_monitor(run, interval, once=once, as_json=as_json))
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine is, what is wrong with it, and what would make it faster. Changes nothing.
 

@@ -35,7 +35,7 @@ class Child:
         environment: Mapping[str, str] | None = None,
         output: IO[bytes] | None = None,
     ):
-        self._on_line, self._lines = on_line, list[str]()
+        self._on_line, self._lines, self._asked = on_line, list[str](), False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "albor.child", str(os.getpid()), *arguments],
             env=environment,
@@ -58,6 +58,12 @@ class Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kills it where it still runs, and returns when all that it has said was passed on."""
+        if self._pipe.closed:
+            return  # its number may be another process's by now
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # its workers too, where it has ended itself
         self._process.wait()
@@ -69,8 +75,9 @@ class Child:
         return self._process.poll()
 
     def stop(self) -> None:
-        """Asks it to save and to end, as SIGTERM does."""
-        with suppress(ProcessLookupError):
+        """Asks it to save and to end, as SIGTERM does; once, for a second time would end it at once."""
+        if not self._asked:
+            self._asked = True
             self._process.terminate()
 
     @property
@@ -86,14 +93,12 @@ class Child:
 
 
 def wait_for_one(children: Sequence[Child], is_stopped: Callable[[], bool]) -> Child:
-    """The first of `children` that ends. When `is_stopped`, all are asked to, once."""
-    asked = False
+    """The first of `children` that ends. When `is_stopped`, all are asked to."""
     while True:
         for child in children:
             if child.poll() is not None:
                 return child
-        if not asked and is_stopped():
-            asked = True
+        if is_stopped():
             for child in children:
                 child.stop()
         time.sleep(_POLL_SECONDS)

@@ -22,6 +22,7 @@ def test_it_passes_on_what_is_said_and_how_it_ended():
     assert child.poll() == 2
     assert any("no-such-file.yaml: there is no such file" in line for line in lines)
     assert lines[-1] in child.last_words
+    child.close()  # a second time, which does nothing
 
 
 @pytest.fixture
@@ -32,7 +33,11 @@ def sleeper(tmp_path: Path) -> dict[str, str]:
     (package / "__init__.py").touch()
     (package / "child.py").write_text(
         "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "def stop(*_):\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))\n"  # as a second request ends albor train
+        "    time.sleep(0.3)\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
         "print(os.getpid(), flush=True)\n"
         "time.sleep(60)\n"
     )

@@ -138,7 +138,7 @@ def bits(run: Path) -> dict[str, Any]:
     of memory, and every byte of the newest checkpoint, which must verify, but the run's name."""
     newest = find_latest(run / "checkpoints")
     assert newest is not None
-    unlike = ("train/tokens_per_second", "train/mfu", "memory/")
+    unlike = ("time", "train/tokens_per_second", "train/mfu", "memory/")
     measured = [{key: value for key, value in row.items() if not key.startswith(unlike)} for row in rows(run)]
     named = ("config.yaml", "manifest.json")
     saved = {name: digest for name, digest in tree(newest).items() if name not in named}

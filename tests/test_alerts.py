@@ -164,7 +164,7 @@ def test_a_rule_on_a_metric_that_no_run_has_is_refused(rule: str, says: str, con
 def test_the_metrics_that_rules_may_be_about_are_those_that_a_run_logs(tied: str, config: Path):
     given = f"model.tie_word_embeddings={tied}"
     assert train(config, given, "train.max_steps=4", "schedule.warmup_steps=1").code == 0
-    logged = {name for row in rows(RUN) for name in row} - {"step", "tokens", "non_finite"}
+    logged = {name for row in rows(RUN) for name in row} - {"step", "tokens", "time", "non_finite"}
     assert logged == set(metric_names(load_config(config, [given])))
 
 

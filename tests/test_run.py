@@ -46,7 +46,7 @@ from albor.train.step import Trainer
 
 RUN = Path("runs/tiny")
 METRICS = {
-    *("step", "tokens", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second"),
+    *("step", "tokens", "time", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second"),
     *("train/mfu", "train/epoch"),
     *("memory/planned", "memory/arena", "memory/reserved", "memory/process"),
     *("gradients/embedding", "gradients/head"),

@@ -1,11 +1,11 @@
 """What a run leaves for its reader: `metrics.jsonl`, one row of numbers per line, and `events.jsonl`.
 
-    {"step": 120, "tokens": 245760, "train/loss": 4.321, "train/mfu": null}
+    {"step": 120, "tokens": 245760, "time": "2026-01-31T12:00:00.250+00:00", "train/loss": 4.321}
     {"event": "checkpoint", "step": 120, "time": "2026-01-31T12:00:00+00:00", "path": "..."}
 
 Every line is valid JSON. What is not known is null, never 0; a NaN or an infinity is null too, and the row
-says so under `non_finite`. A log that cannot be written or read is reported once and never stops the
-training.
+says so under `non_finite`. `time` is when the row was written; rows of albor 0.1 have none. A log that cannot
+be written or read is reported once and never stops the training.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class MetricsLog:
             self._attempt(path, _cut_torn_line)
 
     def row(self, step: int, tokens: int, metrics: Mapping[str, float | None]) -> None:
-        """Append a row: `step` and `tokens`, then `metrics` by their names."""
-        self._attempt(
-            self.metrics_path, lambda path: _append(path, {"step": step, "tokens": tokens, **metrics})
-        )
+        """Append a row: `step`, `tokens` and the time, then `metrics` by their names."""
+        time = datetime.now(UTC).isoformat("T", "milliseconds")
+        record = {"step": step, "tokens": tokens, "time": time, **metrics}
+        self._attempt(self.metrics_path, lambda path: _append(path, record))
 
     def event(self, event: str, step: int | None, **details: Any) -> None:
         """Append something that happened (a checkpoint, a skipped step, the run's end), with the time; the

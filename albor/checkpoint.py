@@ -369,7 +369,9 @@ def first_intact(
             if len(paths) == 1:
                 raise
             on_skip(path, str(error))
-    raise CheckpointError(f"{paths[0].parent}: none of the {len(paths)} checkpoints verifies")
+    raise CheckpointError(
+        f"{paths[0].parent}: none of the {len(paths)} checkpoints verifies; use a copy of one, or train anew"
+    )
 
 
 def find_latest(checkpoints_dir: Path, on_skip: Callable[[Path, str], None] = _report_skipped) -> Path | None:
@@ -409,7 +411,10 @@ def candidates(path: Path) -> list[Path]:
         return [path]
     found = list_checkpoints(_checkpoints_dir(path))
     if not found:
-        raise CheckpointError(f"{path}: holds no complete checkpoint")
+        raise CheckpointError(
+            f"{path}: holds no complete checkpoint; a run has its first after checkpoint.every_steps steps, or "
+            "when it is stopped"
+        )
     return found[::-1]
 
 

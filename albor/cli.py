@@ -8,10 +8,11 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -1053,6 +1054,26 @@ def _console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, soft_wrap=False)
 
 
+def _show_warnings_of_albor() -> None:
+    """Warnings that albor gives are lines for its user; a library's look as Python has them."""
+    package, others = Path(__file__).parent, warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(package):
+            print(f"albor: {message}", file=file or sys.stderr)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+
+
 def main() -> None:
     """Runs a command; every failure that a user can mend becomes a message and its documented exit code."""
     # NumPy multiplies a matrix with one row (albor.model.single_token): threads would cost more than they
@@ -1061,6 +1082,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal without Unicode must not end a run at its report
             stream.reconfigure(errors="replace")
+    _show_warnings_of_albor()
     try:
         app()
     except AlborError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -347,6 +349,28 @@ def test_damage_in_what_is_read_is_found(run_directory: Path, tmp_path: Path, na
         load_for_inference(copy, "cpu")
     shutil.copy(source / name, copy / name)
     load_for_inference(copy, "cpu")  # the optimizer's damage is no reason not to write
+
+
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_writes(
+    run_directory: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_directory, run)
+    older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (7, 8))
+    shutil.copytree(older, newer)
+    (newer / "weights.safetensors").write_bytes(b"torn")
+    command = [sys.executable, "-m", "albor", "generate", str(run), "--max-tokens", "2"]
+    written = subprocess.run(command, capture_output=True, text=True)
+    assert written.returncode == 0
+    (line,) = written.stderr.splitlines()
+    assert line.startswith("albor: passed over a damaged checkpoint: ")
+    (older / "weights.safetensors").write_bytes(b"torn")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    *passed_over, last = refused.stderr.splitlines()
+    assert len(passed_over) == 2
+    assert all(line.startswith("albor: passed over") for line in passed_over)
+    assert last.endswith("none of the 2 checkpoints verifies; use a copy of one, or train anew")
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def measure_baselines(config: RunConfig, data: PreparedData) -> Baselines:
 
 
 def cross_entropies(texts: Sequence[Tokens], before: Tokens, after: Tokens, vocabulary: int) -> Baselines:
-    """Of models that count in `texts`, on the tokens `after`, (n,), each of which follows its one `before`."""
+    """Of models that count in `texts`, on the tokens `after`, (n,), each of which follows its `before`."""
     counts = sum((np.bincount(text, minlength=vocabulary) for text in texts), np.zeros(vocabulary, np.int64))
     total = int(counts.sum())
     unigram = (counts + 1.0) / (total + vocabulary)

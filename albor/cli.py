@@ -29,8 +29,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare what a model reads.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True)
+runs_app = typer.Typer(help="List runs, look at one, compare several.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(runs_app, name="runs")
 
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)
@@ -861,6 +863,87 @@ def monitor(
     from albor.monitor.command import run_monitor
 
     raise typer.Exit(run_monitor(run, interval, once=once, as_json=as_json))
+
+
+@runs_app.command("ls")
+def runs_ls(
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where runs lie, at most three directories deep.")
+    ] = Path("runs"),
+    sort: Annotated[
+        str,
+        typer.Option(
+            metavar="BY",
+            help="began, name, state, loss, bits, step, tokens, speed, when or size: the best, largest or "
+            "newest first.",
+        ),
+    ] = "began",
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STATE",
+            help="Only these, with commas or given several times: running, finished, stopped, diverged, "
+            "failed, lost, new.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs: state, step, best validation, tokens, speed, size. Reads only; a run in progress goes on.
+
+    \b
+    albor runs ls
+    albor runs ls --sort loss
+    albor runs ls /data/runs --state stopped,lost --json
+
+    The runs of a ladder or a sweep stand together. lost: the process is gone and
+    has not said why. best val and bits/byte are those of the best evaluation.
+    """
+    from albor.runs.listing import run_listing
+
+    states = [name for given in state or [] for name in given.split(",")]
+    run_listing(directory, sort, states, as_json, _console())
+
+
+@runs_app.command("show")
+def runs_show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Show everything of one run on one page: state, results, checkpoints, events, memory, what to do next.
+
+    \b
+    albor runs show runs/my-run
+    albor runs show runs/my-run --json
+
+    A damaged line or file is named, and the rest is shown.
+    """
+    from albor.runs.details import run_show
+
+    run_show(run, as_json, _console())
+
+
+@runs_app.command("compare")
+def runs_compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Directories of runs.", show_default=False)
+    ],
+    everything: Annotated[bool, typer.Option("--all", help="Show the keys that do not differ, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs: the keys that differ, the results side by side, the better one marked.
+
+    \b
+    albor runs compare runs/a runs/b
+    albor runs compare runs/my-sweep/* --json
+    albor runs compare runs/a runs/b --all
+
+    Runs of different lengths are compared at the same number of tokens as well.
+    Nothing is called better where tokens or validation text are not the same.
+    """
+    from albor.runs.compare import run_compare
+
+    run_compare(runs, everything, as_json, _console())
 
 
 @app.command()

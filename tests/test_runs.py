@@ -69,7 +69,7 @@ def test_a_damaged_file_is_named_with_its_line_and_the_rest_is_there(tmp_path: P
     found = open_run(run)
     assert found.config is None
     assert found.environment == {}
-    assert f"{run}/config.resolved.yaml:2: warp: unknown key" in "\n".join(found.problems)
+    assert f"{run}/config.resolved.yaml:2: warp: unknown to this albor" in "\n".join(found.problems)
     assert any(problem.startswith(f"{run}/env.json:3: ") for problem in found.problems)
     metrics = found.metrics()
     assert len(metrics.rows) == 10

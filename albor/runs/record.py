@@ -8,11 +8,13 @@ asked for, so that a list of a thousand runs does not parse a thousand configura
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from albor.config import RunConfig
 from albor.configfile import load_config
@@ -20,6 +22,7 @@ from albor.errors import ConfigError, Problem
 from albor.runlog import EVENTS, METRICS, known_metric, known_metrics, parse_row
 from albor.runs.owner import LOCK
 from albor.strictjson import from_json, read_bounded
+from albor.yamlcore import read_yaml
 
 CONFIG = "config.resolved.yaml"
 FINAL = "eval/final.json"
@@ -83,7 +86,9 @@ class Run:
 
     @property
     def config(self) -> RunConfig | None:
-        """What the run trains; None where this albor does not understand its config.resolved.yaml."""
+        """What the run trains, without keys that this albor does not know (`problems` names them); None where
+        config.resolved.yaml cannot be understood.
+        """
         return self._config[0]
 
     @property
@@ -125,7 +130,16 @@ class Run:
         try:
             return load_config(path), ()
         except ConfigError as error:
-            return None, tuple(str(problem) for problem in error.problems[:_MOST_PROBLEMS])
+            problems = error.problems[:_MOST_PROBLEMS]
+        # Of a run of another albor, what both know.
+        config = _understood(path)
+        remedy = "; it is left out" if config is not None else ""
+        return config, tuple(
+            f"{problem.where}: {problem.key}: unknown to this albor{remedy}"
+            if problem.message == "unknown key"
+            else str(problem)
+            for problem in problems
+        )
 
     @cached_property
     def _environment(self) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -227,6 +241,32 @@ def _without_rewound(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept.pop()
         kept.append(row)
     return kept
+
+
+def _understood(path: Path) -> RunConfig | None:
+    """The configuration at `path` without the keys that are unknown here; None where that is none."""
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"), str(path)).value
+        for _ in range(2):
+            try:
+                return RunConfig.model_validate(values)
+            except ValidationError as error:
+                unknown = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+                if not unknown:
+                    return None
+                for place in unknown:
+                    _remove(values, place)
+    except (OSError, ValueError, ConfigError):
+        pass
+    return None
+
+
+def _remove(values: Any, place: Sequence[int | str]) -> None:
+    *above, last = place
+    for step in above:
+        inside = step in values if isinstance(values, dict) else isinstance(step, int)
+        values = values[step] if inside else values  # a source's kind is in the place, and not in the file
+    del values[last]
 
 
 def _read_object(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:

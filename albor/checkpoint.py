@@ -412,8 +412,8 @@ def candidates(path: Path) -> list[Path]:
     found = list_checkpoints(_checkpoints_dir(path))
     if not found:
         raise CheckpointError(
-            f"{path}: holds no complete checkpoint; a run has its first after checkpoint.every_steps steps, or "
-            "when it is stopped"
+            f"{path}: holds no complete checkpoint; a run has its first after checkpoint.every_steps steps, "
+            "or when it is stopped"
         )
     return found[::-1]
 

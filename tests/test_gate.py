@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -252,6 +254,17 @@ def test_a_shortage_of_memory_is_no_finding(own: AlborRuntime):
     assert told.closed
 
 
+def test_a_full_disk_is_no_finding(own: AlborRuntime):
+    class Writing(Told):
+        def logits(self, tokens: Sequence[int]) -> np.ndarray:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    told = Writing(own)
+    with pytest.raises(OSError, match="No space left"):
+        compare(own, told)
+    assert told.closed
+
+
 def test_a_program_that_is_not_installed_is_no_finding(own: AlborRuntime):
     def missing() -> Runtime:
         raise NotInstalled("program", "extra")
@@ -309,8 +322,19 @@ def test_another_greedy_token_is_a_mismatch_unless_it_is_a_tie(own: AlborRuntime
     prompt = next(gate._prompts(own, 96))
     written = own.greedy(prompt, 64)
     logits = own.logits([*prompt, *written[:5]])[-1]
-    told = OtherAt(own)
-    told.other = int(np.argsort(logits)[-2])  # the second likeliest
+
+    class OtherOnce(OtherAt):
+        """In the first text; after it `later`, or what is right."""
+
+        other = int(np.argsort(logits)[-2])  # the second likeliest
+        later: int | None = None
+
+        def greedy(self, tokens: Sequence[int], count: int, favoured: int | None = None) -> list[int]:
+            if list(tokens) == prompt:
+                return super().greedy(tokens, count, favoured)
+            return self.own.greedy(tokens, count, favoured) if self.later is None else [self.later]
+
+    told = OtherOnce(own)
     row = compare(own, told).rows[2]
     assert not row.passed
     assert row.compared == "5 tokens"
@@ -319,7 +343,11 @@ def test_another_greedy_token_is_a_mismatch_unless_it_is_a_tie(own: AlborRuntime
     wide = Tolerance(gap, "so wide that both are as likely")
     row = gate.compare(own, "told", lambda: told, 96, wide).rows[2]
     assert row.passed
-    assert "tie" in row.found
+    assert (row.compared, row.found.split(" within")[0]) == ("64 tokens", "all equal, but for 1 ties")
+
+    told.later = int(own.logits(list(gate._prompts(own, 96))[1])[-1].argmin())  # no tie
+    row = gate.compare(own, "told", lambda: told, 96, wide).rows[2]
+    assert (row.passed, row.compared) == (False, "5 tokens")
 
 
 def test_a_text_that_ends_too_early_is_a_mismatch(own: AlborRuntime):

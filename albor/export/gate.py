@@ -7,6 +7,7 @@ can be tight enough for a wrong epsilon, a wrong rotary base or a permuted row t
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ _PROMPT_TOKENS = 8
 _FAVOUR = 1.0e4
 _LONGEST_REASON = 300
 _SHOWN = 24  # characters of a text that are shown where tokens differ
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk that the program needs beside the export
 
 # SentencePiece writes a space as U+2581, and so do those who read its vocabularies: a U+2581 that is in the
 # text reaches them as a space. albor encodes it as its three bytes. That one character is left out here.
@@ -219,8 +221,8 @@ def compare(
     `context` is the number of positions of the model; `before` is what was known of it before its weights
     were rounded, None where nothing was lost. Whatever the program raises is a finding: an export that it
     cannot load is no export. Only what `open_runtime` raises to say that there is no program goes through
-    (`NotInstalled`), a shortage of memory, and what ends the process. `on_check` is told each check as it
-    begins.
+    (`NotInstalled`), a shortage of memory, a full disk, and what ends the process. `on_check` is told each
+    check as it begins.
     """
     runtime: Runtime | None = None
     name, rows = program, list[Row]()
@@ -246,7 +248,7 @@ def compare(
     except NotInstalled:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or getattr(error, "errno", None) in _FULL:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         rows.append(Row(check, "", reason[:_LONGEST_REASON], passed=False))
@@ -312,7 +314,7 @@ def _compare_logits(own: AlborRuntime, runtime: Runtime, context: int, tolerance
 
 
 def _compare_greedy(own: AlborRuntime, runtime: Runtime, context: int, tolerance: Tolerance) -> Finding:
-    total = 0
+    total, ties = 0, list[float]()
     for prompt in _prompts(own, context):
         count = min(GREEDY_TOKENS - total, context - len(prompt))
         ours, theirs = own.greedy(prompt, count), list(runtime.greedy(prompt, count))
@@ -322,11 +324,13 @@ def _compare_greedy(own: AlborRuntime, runtime: Runtime, context: int, tolerance
             if gap > 2 * tolerance.logits:
                 sides = f"{ours[place : place + 3]} and {theirs[place : place + 3]}"
                 return f"{total + place} tokens", f"then {sides}, {gap:.1e} of the largest logit apart", False
-            return f"{total + place} tokens", f"all equal, up to a tie within {gap:.0e}", True
+            ties.append(gap)
+            ours = ours[:place]  # from there on each goes a way of its own; the next prompt has the rest
         total += len(ours)
         if total >= GREEDY_TOKENS:
             break
-    return f"{total} tokens", "all equal", True
+    found = f"all equal, but for {len(ties)} ties within {max(ties):.0e}" if ties else "all equal"
+    return f"{total} tokens", found, True
 
 
 def _compare_stop(own: AlborRuntime, runtime: Runtime, context: int, tolerance: Tolerance) -> Finding:

@@ -51,6 +51,7 @@ class BlockSlice:
     start: int
     matrices_end: int
     end: int
+    lr_scale: float  # of the matrices: what their learning rate is multiplied by
 
     @property
     def size(self) -> int:
@@ -86,6 +87,7 @@ class Architecture:
     rms_norm_eps: float
     tie_word_embeddings: bool
     initializer_range: float
+    mup_base_width: int | None
 
     @classmethod
     def from_config(cls, model: ModelConfig) -> Architecture:
@@ -102,21 +104,29 @@ class Architecture:
         """Rows of the packed query, key and value projection: (H + 2K) * D."""
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
+    @property
+    def width_scale(self) -> float:
+        """Base width / width: what muP multiplies the logits, the learning rate of the blocks' matrices and
+        the variance of their initial values by (Yang et al. 2022, arXiv:2203.03466, table 8). 1 without muP.
+        """
+        return 1.0 if self.mup_base_width is None else self.mup_base_width / self.hidden_size
+
     def _shapes(self) -> Iterator[tuple[str, str, tuple[int, ...], float | None]]:
         """(block, name, shape, init_std) in the order of the forward pass, matrices first within each
         block.
         """
         std = self.initializer_range
+        inner_std = std * math.sqrt(self.width_scale)
         # Each block adds two outputs to the residual stream; scaling them keeps its variance at depth
         # (GPT-2).
-        residual_std = std / math.sqrt(2 * self.num_hidden_layers)
+        residual_std = inner_std / math.sqrt(2 * self.num_hidden_layers)
         width, ffn = self.hidden_size, self.intermediate_size
         yield "embedding", "embedding.tokens", (self.vocab_size, width), std
         for layer in range(self.num_hidden_layers):
             block = block_name(layer)
-            yield block, f"{block}.attention.qkv", (self.qkv_size, width), std
+            yield block, f"{block}.attention.qkv", (self.qkv_size, width), inner_std
             yield block, f"{block}.attention.out", (width, width), residual_std
-            yield block, f"{block}.mlp.gate_up", (2 * ffn, width), std
+            yield block, f"{block}.mlp.gate_up", (2 * ffn, width), inner_std
             yield block, f"{block}.mlp.down", (width, ffn), residual_std
             yield block, f"{block}.attention.norm", (width,), None
             yield block, f"{block}.mlp.norm", (width,), None
@@ -145,7 +155,8 @@ class Architecture:
             matrices_end = (
                 matrices[-1].offset + round_up(matrices[-1].size, ALIGNMENT_ELEMENTS) if matrices else start
             )
-            slices.append(BlockSlice(name, start, matrices_end, end))
+            inner = name not in ("embedding", "head")
+            slices.append(BlockSlice(name, start, matrices_end, end, self.width_scale if inner else 1.0))
         return tuple(slices)
 
     @cached_property

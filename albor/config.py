@@ -52,6 +52,13 @@ class ModelConfig(Section):
         description="Standard deviation of the initial weights; the two projections that write to the "
         "residual stream get this divided by sqrt(2 * num_hidden_layers).",
     )
+    mup_base_width: Count | None = Field(
+        None,
+        description="muP: the hidden_size at which optimizer.lr and initializer_range were found, so that "
+        "they hold at this one. The blocks' matrices get the learning rate times mup_base_width / "
+        "hidden_size and initial weights times its root, the logits are multiplied by it; exports contain "
+        "it. docs/mup.md. null: the same for every width.",
+    )
     init_from: Text | None = Field(
         None,
         description="Begin with the weights of a Llama that exists already: a Hugging Face directory "
@@ -449,6 +456,21 @@ def check_algebra(config: RunConfig) -> list[Problem]:
             f"the head width {model.hidden_size} / {heads} = {model.hidden_size // heads} is odd, "
             "and rotary positions turn pairs",
             "choose a number of heads that makes hidden_size / num_attention_heads even",
+        )
+    elif model.mup_base_width is not None and model.mup_base_width % (model.hidden_size // heads):
+        head_dim = model.hidden_size // heads
+        nearest = head_dim * max(1, round(model.mup_base_width / head_dim))
+        refuse(
+            "model.mup_base_width model.hidden_size model.num_attention_heads",
+            f"{model.mup_base_width} is no multiple of the head width, {model.hidden_size} / {heads} = "
+            f"{head_dim}, which has to be the same at both widths",
+            f"use {nearest}, or the number of heads that gives both widths one head width",
+        )
+    if model.mup_base_width is not None and model.init_from is not None:
+        refuse(
+            "model.mup_base_width model.init_from",
+            "scales initial weights and logits, and the weights of model.init_from are a model as they are",
+            "set one of them to null",
         )
     if heads % kv_heads:
         divisors = [n for n in range(1, min(heads, 1024) + 1) if heads % n == 0]

@@ -3,7 +3,9 @@
     p = p * (1 - lr * weight_decay)                     for the first `decayed` elements
     m = beta1 * m + (1 - beta1) * g                     g is gradient_scale * gradient
     v = beta2 * v + (1 - beta2) * g^2
-    p = p - (lr / (1 - beta1^t)) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    p = p - (s * lr / (1 - beta1^t)) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+where s is lr_scale for the first `decayed` elements, and 1 for the others.
 
 (Loshchilov & Hutter 2017, arXiv:1711.05101; in the order in which PyTorch's fused AdamW computes it.) All of
 it is fp32, rounded after each operation as IEEE 754 says, with no fused multiply-add: so the result is the
@@ -37,7 +39,7 @@ _WARPS = 8
 @triton.jit(do_not_specialize=["decayed", "group"])
 def _adamw(
     weights, master, gradient, first, second, scalars, seed, n, decayed, group,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, lr_scale,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     lr = tl.load(scalars)
@@ -60,9 +62,10 @@ def _adamw(
         p = tl.load(master + index, inside, other=0.0)
 
     p = tl.where(index < decayed, p * (1.0 - lr * weight_decay), p)
+    steps = tl.where(index < decayed, step_size * lr_scale, step_size)
     m = m * beta1 + g * one_minus_beta1
     v = v * beta2 + g * g * one_minus_beta2
-    p = p - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
+    p = p - tl.div_rn(steps * m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
 
     if seed is None:
         tl.store(first + index, m, inside)
@@ -91,10 +94,11 @@ def update(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    lr_scale: float = 1.0,
     seed: torch.Tensor | None = None,
     start: int = 0,
 ) -> None:
-    """One step on flat slices of n elements, of which the first `decayed` have weight decay.
+    """One step on flat slices of n elements, of which the first `decayed` have weight decay and lr_scale.
 
     weights, master, first, second (n,) in one of the three combinations above; gradient (n,), fp32 or bf16.
     scalars (4,) fp32: lr, gradient_scale, 1 - beta1^t, 1 - beta2^t. seed (1,) int64, another at each step,
@@ -110,7 +114,7 @@ def update(
     shift = start % 4 if stochastic else 0
     _adamw[(triton.cdiv(n + shift, block),)](
         weights, master, gradient, first, second, scalars, seed, n, decayed, start // 4,
-        betas[0], 1.0 - betas[0], betas[1], 1.0 - betas[1], eps, weight_decay,
+        betas[0], 1.0 - betas[0], betas[1], 1.0 - betas[1], eps, weight_decay, lr_scale,
         SHIFT=shift, BLOCK=block, num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 

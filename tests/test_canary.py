@@ -533,7 +533,7 @@ def test_rounding_alone_is_no_error_and_a_lost_update_is_a_whole_one():
     generator = torch.Generator().manual_seed(0)
     weights = {"matrix": torch.randn(300, 40, generator=generator), "norm": torch.ones(40)}
     gradients = {name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
-    check = UpdateCheck(weights, make_config(weight_decay=0.0).optimizer)
+    check = UpdateCheck(weights, make_config(weight_decay=0.0))
     check.expect(gradients, 1.0, norm=0.5, lr=1e-3)
     assert check.errors(weights) == dict.fromkeys(weights, pytest.approx(1.0, rel=1e-3))
     for name, weight in weights.items():  # AdamW's first step is the sign's
@@ -545,7 +545,7 @@ def test_rounding_alone_is_no_error_and_a_lost_update_is_a_whole_one():
 
 def test_what_overflows_on_both_sides_agrees():
     weights = {"norm": torch.ones(40)}
-    check = UpdateCheck(weights, make_config(weight_decay=0.0).optimizer)
+    check = UpdateCheck(weights, make_config(weight_decay=0.0))
     check.expect({"norm": torch.ones(40)}, 1.0, norm=0.5, lr=1e37)
     check.expect({"norm": torch.full((40,), math.inf)}, 1.0, norm=0.5, lr=1e37)
     weights["norm"].fill_(-math.inf)

@@ -92,6 +92,7 @@ EFFECTS = [
     Effect("model.rms_norm_eps", "model.rms_norm_eps=1e-3", "loss weights"),
     Effect("model.tie_word_embeddings", "model.tie_word_embeddings=false", "plan loss weights"),
     Effect("model.initializer_range", "model.initializer_range=0.03", "loss weights"),
+    Effect("model.mup_base_width", "model.mup_base_width=16", "loss weights"),
     Effect("model.init_from", "model.init_from=PROJECT/llama", "loss weights", GIVEN),
     Effect("tokenizer.kind", "tokenizer.kind=hf", "code", GIVEN),  # the file is of the other kind
     Effect("tokenizer.path", "tokenizer.path=PROJECT/other.model", "tokenizer data"),

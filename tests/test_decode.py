@@ -22,6 +22,7 @@ SHAPES = {
         "hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3,
         "intermediate_size": 37, "vocab_size": 101,
     },
+    "muP": {"mup_base_width": 36},
 }  # fmt: skip
 CONTEXT = 24
 CHUNK = 7  # the training sequence, and so the rows of a prompt that are read at a time

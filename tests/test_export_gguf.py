@@ -210,7 +210,7 @@ def test_a_file_is_within_what_the_disk_was_asked_for(tmp_path: Path):
             "fp32",
             {"tie_word_embeddings": False, "vocab_size": 700, "rope_theta": 500000.0, "rms_norm_eps": 1e-6},
         ),
-        ("fp16", {"num_key_value_heads": 4}),
+        ("fp16", {"num_key_value_heads": 4, "mup_base_width": 36}),
         ("bf16", {"max_position_embeddings": 300}),
         ("q4_k_m", QUANTISABLE | {"tie_word_embeddings": False}),
     ],

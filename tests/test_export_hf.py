@@ -120,6 +120,8 @@ MODELS = {
     "padded-vocabulary": {"vocab_size": 448},
     "padded-and-untied": {"vocab_size": 448, "tie_word_embeddings": False},
     "eleven-layers": {"num_hidden_layers": 11},
+    "muP": {"mup_base_width": 36},
+    "muP-untied": {"mup_base_width": 12, "tie_word_embeddings": False},
 }
 
 

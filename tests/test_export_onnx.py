@@ -153,6 +153,7 @@ def test_nothing_of_this_machine_is_in_the_graph(exported: Path):
 def test_every_shape_of_model_passes_the_gate(tmp_path: Path):
     """MODEL is tied, has groups of two, and as many ids as its tokenizer; fp16 is held against that."""
     keys = {"tie_word_embeddings": False, "num_key_value_heads": 1, "vocab_size": 416, "num_hidden_layers": 1}
+    keys["mup_base_width"] = 36
     source = make_source(tmp_path / "run", **keys)
     found = gate(source, written(source, tmp_path / "out"))
     assert found.passed is True, found

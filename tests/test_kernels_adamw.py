@@ -62,17 +62,19 @@ def scalars_of(step: int, lr: float) -> torch.Tensor:
 
 
 def twin(
-    state: State, gradient: torch.Tensor, scalars: torch.Tensor, decayed: int
+    state: State, gradient: torch.Tensor, scalars: torch.Tensor, decayed: int, lr_scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights and moments after one step, in fp32 on the CPU: the kernel's operations in its order."""
     source = state.weights if state.master is None else state.master
     p, m, v, g = (t.cpu().float() for t in (source, state.first, state.second, gradient))
     lr, scale, correction1, correction2 = scalars.cpu()
     g = g * scale
-    p = torch.where(torch.arange(len(p)) < decayed, p * (1 - lr * DECAY), p)
+    decays, step = torch.arange(len(p)) < decayed, lr / correction1
+    p = torch.where(decays, p * (1 - lr * DECAY), p)
+    steps = torch.where(decays, step * torch.tensor(lr_scale), step)
     m = m * BETAS[0] + g * (1 - BETAS[0])
     v = v * BETAS[1] + g * g * (1 - BETAS[1])
-    return p - lr / correction1 * m / (root(v) / root(correction2) + EPS), m, v
+    return p - steps * m / (root(v) / root(correction2) + EPS), m, v
 
 
 def root(x: torch.Tensor) -> torch.Tensor:
@@ -117,14 +119,15 @@ def test_as_torch_over_several_steps(
     assert torch.equal(state.weights, source.to(dtype))
 
 
+@pytest.mark.parametrize("lr_scale", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-def test_fp32_state_has_the_bits_of_plain_torch(dtype: torch.dtype, empty: Guarded):
+def test_fp32_state_has_the_bits_of_plain_torch(dtype: torch.dtype, lr_scale: float, empty: Guarded):
     state = fresh(1500, dtype, empty)
     state.first.copy_(randn(1500, seed=3))
     state.second.copy_(randn(1500, seed=4).square())
     gradient, scalars = randn(1500, seed=5), scalars_of(7, 3e-4)
-    p, m, v = twin(state, gradient, scalars, 700)
-    state.update(gradient, scalars, 700)
+    p, m, v = twin(state, gradient, scalars, 700, lr_scale)
+    state.update(gradient, scalars, 700, lr_scale=lr_scale)
     for ours, expected in zip(state.tensors()[-3:], (p, m, v), strict=True):
         assert same_bits(ours, expected)
 
@@ -145,10 +148,13 @@ def test_bf16_state_has_the_bits_of_plain_torch(
 ):
     state, decayed = bf16_state(n, empty), n // 3
     gradient, scalars = randn(n, seed=9, dtype=gradient_dtype), scalars_of(7, 1e-2)
-    seed = -987654321987654321 + n
-    wide = twin(state, gradient, scalars, decayed)
+    seed, lr_scale = -987654321987654321 + n, 0.3 if start else 1.0
+    wide = twin(state, gradient, scalars, decayed, lr_scale)
     bits = adamw.rounding_bits(seed, start, n)
-    state.update(gradient, scalars, decayed, seed=torch.tensor([seed], device=DEVICE), start=start)
+    state.update(
+        gradient, scalars, decayed,
+        seed=torch.tensor([seed], device=DEVICE), start=start, lr_scale=lr_scale,
+    )  # fmt: skip
     for ours, exact, random in zip(state.tensors(), wide, bits, strict=True):
         assert same_bits(ours, stochastic_round(exact, random))
 

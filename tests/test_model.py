@@ -56,6 +56,7 @@ CASES = {
     "query-blocks-batch": {"sequence_length": 257, "micro_batch_size": 3, "num_key_value_heads": 1},
     "theta-eps": {"rope_theta": 37.5, "rms_norm_eps": 0.1},
     "accumulated": {"gradient_accumulation_steps": 3},
+    "muP": {"mup_base_width": 6, "head_chunk_tokens": 11, "gradient_accumulation_steps": 2},
 }
 
 

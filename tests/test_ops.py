@@ -144,23 +144,24 @@ def test_rmsnorm_backward(empty: Empty, add: bool):
 # Linear layers
 
 
-def test_linear(empty: Empty):
+@pytest.mark.parametrize("scale", [1.0, 0.375])
+def test_linear(empty: Empty, scale: float):
     x, weight, d_out = (
         randn(ROWS, 22).requires_grad_(),
         randn(29, 22, seed=1).requires_grad_(),
         randn(ROWS, 29, seed=2),
     )
-    expected = F.linear(x, weight)
+    expected = scale * F.linear(x, weight)
     expected_x, expected_weight = gradients(expected, d_out, x, weight)
     out, d_x, d_weight = empty(ROWS, 29), empty(ROWS, 22), empty(29, 22)
     work = workspace()
-    work.linear_forward(x.detach(), weight.detach(), out)
-    work.linear_backward_input(d_out, weight.detach(), d_x)
-    work.linear_backward_weight(d_out, x.detach(), d_weight)
+    work.linear_forward(x.detach(), weight.detach(), out, scale=scale)
+    work.linear_backward_input(d_out, weight.detach(), d_x, scale=scale)
+    work.linear_backward_weight(d_out, x.detach(), d_weight, scale=scale)
     assert_equal(out, expected.detach())
     assert_equal(d_x, expected_x)
     assert_equal(d_weight, expected_weight)
-    work.linear_backward_weight(d_out, x.detach(), d_weight, add=True)
+    work.linear_backward_weight(d_out, x.detach(), d_weight, add=True, scale=scale)
     assert_equal(d_weight, 2 * expected_weight)
 
 
@@ -383,11 +384,14 @@ def test_the_largest_number_is_finite_and_one_beyond_it_is_not(dtype: torch.dtyp
     assert ops.is_finite(flat[:1])
 
 
-@pytest.mark.parametrize("decayed", [0, 700, 1003])
-def test_adamw_equals_torch_over_20_steps(empty: Empty, decayed: int):
+@pytest.mark.parametrize(("decayed", "lr_scale"), [(0, 1.0), (700, 1.0), (1003, 1.0), (700, 0.3)])
+def test_adamw_equals_torch_over_20_steps(empty: Empty, decayed: int, lr_scale: float):
     keys = {"betas": (0.8, 0.95), "eps": 1e-6}
     parts = [torch.nn.Parameter(part) for part in randn(1003).split([decayed, 1003 - decayed])]
-    groups = [{"params": [part], "weight_decay": wd} for part, wd in zip(parts, (0.1, 0.0), strict=True)]
+    groups = [
+        {"params": [parts[0]], "lr": 0.02 * lr_scale, "weight_decay": 0.1 / lr_scale},
+        {"params": [parts[1]], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.02, **keys)
     master = filled(empty, torch.cat(parts).detach())
     weights, first, second = empty(1003, dtype=torch.bfloat16), empty(1003).zero_(), empty(1003).zero_()
@@ -400,7 +404,7 @@ def test_adamw_equals_torch_over_20_steps(empty: Empty, decayed: int):
         work.begin_update(ops.UpdateScalars(0.02, 0.25, step, seed=0), keys["betas"])
         work.adamw(
             weights, master, filled(empty, gradient), first, second,
-            decayed=decayed, start=0, weight_decay=0.1, **keys,
+            decayed=decayed, start=0, weight_decay=0.1, lr_scale=lr_scale, **keys,
         )  # fmt: skip
         torch.testing.assert_close(master, torch.cat(parts).detach(), rtol=1e-12, atol=1e-14)
         assert torch.equal(weights, master.bfloat16())

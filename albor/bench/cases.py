@@ -82,8 +82,10 @@ def find_case(name: str, steps: int) -> Case:
 def case_of(config: RunConfig, steps: int) -> Case:
     """A user's own configuration, with `steps` steps at its peak learning rate.
 
-    Raises ConfigError for fp16, in which not every peer computes.
+    Raises ConfigError for fp16 and for muP, in which not every peer computes.
     """
+    if config.model.mup_base_width is not None:
+        raise _refuse("the peers have no muP", "use model.mup_base_width=null", "model.mup_base_width")
     if config.train.precision == "fp16":
         raise _refuse("the peers do not compute in fp16", "use train.precision=bf16", "train.precision")
     values = config.model_dump(mode="json")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from albor.canary.plain import make_adamw, step_adamw
-from albor.config import OptimizerConfig
+from albor.config import RunConfig
 
 _CHUNK = 2**22  # elements that are compared at a time in float64: 64 MiB for the two sides
 _SAMPLE = 4096  # elements of each parameter whose updates are followed
@@ -63,24 +63,21 @@ class UpdateCheck:
     and whether a parameter moves at all. What the gradients are worth is not asked here.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], config: OptimizerConfig):
-        self.config, self.steps = config, 0
+    def __init__(self, weights: Mapping[str, torch.Tensor], config: RunConfig):
+        """`weights` by `short_name`."""
+        self.grad_clip, self.steps = config.optimizer.grad_clip, 0
         self._initial = {name: _sample(weight) for name, weight in weights.items()}
         # A matrix's sample stays a matrix, by which the optimizer's groups are made.
         self._expected = {
             name: initial.clone().view(1, -1) if weights[name].dim() > 1 else initial.clone()
             for name, initial in self._initial.items()
         }
-        self._optimizer = make_adamw(
-            [sample for sample in self._expected.values() if sample.dim() > 1],
-            [sample for sample in self._expected.values() if sample.dim() == 1],
-            config,
-        )
+        self._optimizer = make_adamw(self._expected, config)
 
     def expect(self, gradients: Mapping[str, torch.Tensor], scale: float, norm: float, lr: float) -> None:
         """Takes the step that albor is about to take; `norm` is the global norm of `scale * gradients`."""
-        if self.config.grad_clip:
-            scale *= min(1.0, self.config.grad_clip / (norm + 1e-6))
+        if self.grad_clip:
+            scale *= min(1.0, self.grad_clip / (norm + 1e-6))
         for name, sample in self._expected.items():
             sample.grad = (_sample(gradients[name]) * scale).view(sample.shape)
         step_adamw(self._optimizer, lr)

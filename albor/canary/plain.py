@@ -7,7 +7,7 @@ It sees one sequence at a time and sums their gradients, which is the same step 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from albor import __version__
 from albor.architecture import IGNORED_TARGET, Architecture
 from albor.canary.reference import Reference, own_document
-from albor.config import OptimizerConfig, RunConfig
+from albor.config import RunConfig
 from albor.errors import ConfigError, Problem
 from albor.train.step import Batch
 
@@ -80,7 +80,8 @@ def _make_llama(model: Architecture) -> tuple[nn.Module, Logits, str]:
 
     def logits(tokens: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
         found: torch.Tensor = llama(input_ids=tokens, attention_mask=visible).logits
-        return found
+        # In place: a second copy of the logits would be memory that `plain_bytes` does not count.
+        return found if model.mup_base_width is None else found.mul_(model.mup_base_width / model.hidden_size)
 
     return llama, logits, f"transformers {transformers.__version__} LlamaForCausalLM"
 
@@ -97,9 +98,7 @@ class PlainTraining:
         """`end_of_document` is the token that ends a document, for `data.document_mask`."""
         self.config, self.logits, self.end_of_document = config, logits, end_of_document
         self.parameters = {short_name(name): p for name, p in module.named_parameters()}
-        matrices = [p for p in self.parameters.values() if p.dim() > 1]
-        vectors = [p for p in self.parameters.values() if p.dim() == 1]
-        self.optimizer = make_adamw(matrices, vectors, config.optimizer)
+        self.optimizer = make_adamw(self.parameters, config)
 
     def load(self, weights: dict[str, torch.Tensor]) -> None:
         """Takes these weights, by short name; every parameter must be among them, and nothing else."""
@@ -158,22 +157,38 @@ class PlainTraining:
         step_adamw(self.optimizer, lr)
 
 
-def make_adamw(
-    matrices: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor], config: OptimizerConfig
-) -> torch.optim.AdamW:
-    """Matrices decay, vectors do not."""
+def make_adamw(parameters: Mapping[str, torch.Tensor], config: RunConfig) -> torch.optim.AdamW:
+    """For tensors by `short_name`: matrices decay, vectors do not. In muP the layers' matrices have a
+    learning rate of their own, and decay as the others do.
+    """
+    model, options = config.model, config.optimizer
+    slower = model.hidden_size / model.mup_base_width if model.mup_base_width else 1.0
+    matrices = {name: tensor for name, tensor in parameters.items() if tensor.dim() > 1}
     groups = [
-        {"params": list(matrices), "weight_decay": config.weight_decay},
-        {"params": list(vectors), "weight_decay": 0.0},
+        {
+            "params": [tensor for name, tensor in matrices.items() if name.startswith("layers.")],
+            "weight_decay": options.weight_decay * slower,  # AdamW multiplies it by the learning rate
+            "slower": slower,
+        },
+        {
+            "params": [tensor for name, tensor in matrices.items() if not name.startswith("layers.")],
+            "weight_decay": options.weight_decay,
+            "slower": 1.0,
+        },
+        {
+            "params": [tensor for tensor in parameters.values() if tensor.dim() == 1],
+            "weight_decay": 0.0,
+            "slower": 1.0,
+        },
     ]
     # foreach=True would take scratch of the size of all parameters at once.
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, foreach=False)
+    return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, foreach=False)
 
 
 def step_adamw(optimizer: torch.optim.AdamW, lr: float) -> None:
     """One step at this learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr / group["slower"]
     optimizer.step()
 
 

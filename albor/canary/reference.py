@@ -102,6 +102,7 @@ class Reference(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.logit_multiplier = c.mup_base_width / c.hidden_size if c.mup_base_width else 1
 
     def forward(self, tokens: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """tokens (B, T) -> logits (B, T, V); where no `visible` is given, a token sees all up to itself."""
@@ -111,7 +112,7 @@ class Reference(nn.Module):
             visible = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
         for layer in self.layers:
             x = layer(x, visible)
-        return self.lm_head(self.norm(x))
+        return self.lm_head(self.norm(x)).mul_(self.logit_multiplier)
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy over the targets that are not ignored."""

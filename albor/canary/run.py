@@ -79,7 +79,7 @@ class _Comparison:
             [scale for scale in named_tensors(flat, self.trainer.architecture).values() if scale.dim() == 1]
             for flat in (master, self.trainer.arena["weights"])
         )
-        self.updates = UpdateCheck(self.weights, session.config.optimizer)
+        self.updates = UpdateCheck(self.weights, session.config)
 
     def run(self) -> None:
         """Fills the canary's rows and comparisons."""
@@ -202,8 +202,9 @@ class _Comparison:
 
 def _check_learning_rate(config: RunConfig) -> None:
     """Raises ConfigError where torch's AdamW, which takes its factors as fp32, refuses to compute."""
-    optimizer = config.optimizer
-    largest = torch.finfo(torch.float32).max * min(1 - optimizer.betas[0], 1 / max(optimizer.weight_decay, 1))
+    optimizer, model = config.optimizer, config.model
+    decay = optimizer.weight_decay * model.hidden_size / (model.mup_base_width or model.hidden_size)
+    largest = torch.finfo(torch.float32).max * min(1 - optimizer.betas[0], 1 / max(decay, 1))
     if optimizer.lr > largest:
         problem = f"is {optimizer.lr:g}, and the reference's AdamW computes up to {largest:.1g}"
         raise ConfigError([Problem("optimizer.lr", problem, "lower optimizer.lr")])

@@ -100,7 +100,7 @@ class Scorer:
             torch.index_select(delta, 0, places, out=d[:n])
             ops.rmsnorm_forward(x[:n], d[:n], head.norm, head.eps, x[:n], normed[:n], rstd[:n])
             logits, loss = arena["evaluate.logits"][:n], arena["io.losses"][:n]
-            ops.linear_forward(normed[:n], head.tokens, logits)
+            head.project(normed[:n], logits)
             greedy[part] = (logits.argmax(-1) == aims).cpu().numpy()
             wide = arena.get("evaluate.probabilities")
             ops.cross_entropy(logits, aims, loss, None if wide is None else wide[:n], None)

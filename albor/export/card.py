@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from albor import __version__
-from albor.config import FilesSource, HubSource, JsonlSource, ParquetSource, PythonStdlibSource
+from albor.config import FilesSource, HubSource, JsonlSource, ModelConfig, ParquetSource, PythonStdlibSource
 from albor.durable import write_file
 from albor.export.format import Source
 from albor.runlog import METRICS, read_rows
@@ -155,6 +155,7 @@ def _training(source: Source) -> list[str]:
             f"{optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, gradient norm clipped at "
             f"{optimizer.grad_clip:g}",
         ),
+        *_width_transfer(config.model),
         ("Schedule", f"{config.schedule.kind}, {config.schedule.warmup_steps:,} steps of warm-up"),
         ("Precision", config.train.precision),
         ("Seed", f"{config.seed}"),
@@ -165,6 +166,14 @@ def _training(source: Source) -> list[str]:
         rows.append(("Device", str(device)))
     rows.append(("Exported with", f"albor {__version__}"))
     return ["## Training", "", *_table(("", ""), rows)]
+
+
+def _width_transfer(model: ModelConfig) -> list[tuple[str, str]]:
+    if model.mup_base_width is None:
+        return []
+    scale = f"{model.mup_base_width:,} / {model.hidden_size:,}"
+    what = f"learning rate of the blocks' matrices and logits times {scale}, which the final norm contains"
+    return [("muP", what)]
 
 
 def _environment(source: Source) -> dict[str, Any]:

@@ -143,7 +143,8 @@ def _check(source: Source, format: Format, directory: Path, dtype: str, check: b
     before = own.look_before() if _loses(source, format, dtype) else None
     for piece in layout(source.architecture):
         values = piece.of(source.loaded.arena["weights"])
-        values.copy_(format.rounded(piece.name, values, dtype))
+        rounded = format.rounded(piece.name, piece.times_factor(values), dtype)
+        values.copy_(rounded if piece.factor == 1.0 else rounded / piece.factor)
     context = source.architecture.max_position_embeddings
     try:
         return compare(

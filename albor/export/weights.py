@@ -2,7 +2,7 @@
 
 albor packs query, key and value into one matrix, and gate and up into another; here they are cut apart, and
 put together again. Nothing is permuted: albor turns the pairs (x[i], x[i + D/2]) of a head, as Hugging Face
-does.
+does. A Llama has no output multiplier: muP's is in the weight of the final norm, whose output it multiplies.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ _SHOWN_PROBLEMS = 5
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the Hugging Face layout: so many rows of one of albor's parameters."""
+    """A tensor of the Hugging Face layout: so many rows of one of albor's parameters, times a factor."""
 
     name: str  # such as model.layers.7.self_attn.q_proj.weight
     parameter: Parameter
     start: int
     rows: int
+    factor: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,19 +45,23 @@ class Piece:
         return math.prod(self.shape)
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """This tensor in a flat buffer of all parameters, as a contiguous view."""
+        """Its rows in a flat buffer of all parameters, as a contiguous view, without the factor."""
         return view(flat, self.parameter)[self.start : self.start + self.rows]
+
+    def times_factor(self, rows: torch.Tensor) -> torch.Tensor:
+        """The tensor's values from those of its rows: these themselves where the factor is 1."""
+        return rows if self.factor == 1.0 else rows * self.factor
 
 
 def layout(model: Architecture) -> Iterator[Piece]:
     """Every tensor of the Hugging Face layout, in the order of the forward pass; a tied head has none."""
     table = {parameter.name: parameter for parameter in model.parameters}
 
-    def pieces(name: str, **parts: int) -> Iterator[Piece]:
+    def pieces(name: str, factor: float = 1.0, /, **parts: int) -> Iterator[Piece]:
         """The rows of `name`, cut up into `parts`."""
         start = 0
         for theirs, rows in parts.items():
-            yield Piece(prefix + theirs.replace("__", ".") + ".weight", table[name], start, rows)
+            yield Piece(prefix + theirs.replace("__", ".") + ".weight", table[name], start, rows, factor)
             start += rows
         assert start == table[name].shape[0], f"{name} has rows that belong to nobody"
 
@@ -75,16 +80,18 @@ def layout(model: Architecture) -> Iterator[Piece]:
         yield from pieces(f"{ours}.mlp.gate_up", mlp__gate_proj=ffn, mlp__up_proj=ffn)
         yield from pieces(f"{ours}.mlp.down", mlp__down_proj=width)
     prefix = "model."
-    yield from pieces("head.norm", norm=width)
+    yield from pieces("head.norm", model.width_scale, norm=width)
     if not model.tie_word_embeddings:
         prefix = ""
         yield from pieces("head.tokens", lm_head=model.vocab_size)
 
 
 def hf_tensors(arena: Arena, model: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the whole model, as contiguous views of the arena's weights, in the arena's dtype."""
+    """(name, tensor) of the whole model, contiguous, in the arena's dtype: views of the arena's weights but
+    where a factor is in them.
+    """
     for piece in layout(model):
-        yield piece.name, piece.of(arena["weights"])
+        yield piece.name, piece.times_factor(piece.of(arena["weights"]))
 
 
 def read_hf_tensors(
@@ -96,8 +103,9 @@ def read_hf_tensors(
     time, so they may be read from a file as they are asked for. Raises CheckpointError, which names them, for
     tensors that are missing, that a Llama of this architecture does not have (biases, q_norm), whose shape is
     another, or that are not finite; `flat` then holds what must not be used. A head that is stored although
-    it is tied must equal the embedding.
+    it is tied must equal the embedding. The model is one without muP.
     """
+    assert model.width_scale == 1.0, "check_algebra refuses init_from with muP"
     wanted = {piece.name: piece for piece in layout(model)}
     problems, seen, tied_head = [], set(), None
     for name, tensor in tensors:

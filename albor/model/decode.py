@@ -104,7 +104,7 @@ class Decoder:
         self._ops.rmsnorm_forward(
             residual, a.delta[rows], head.norm, self._eps, residual, normed, a.mlp_rstd[rows]
         )
-        self._ops.linear_forward(normed, head.tokens, logits)
+        head.project(normed, logits)
 
     def _read(self, tokens: torch.Tensor) -> Activations:
         """Runs all blocks over the next `tokens`, of which a chunk has room, and appends to the caches."""

@@ -35,6 +35,7 @@ class Head:
         self.tokens = view(
             arena["weights"], table["embedding.tokens" if self.tied else "head.tokens"]
         )  # (V, C)
+        self.output_multiplier = model.width_scale
         self._table, self._start = table, min(p.offset for p in model.parameters if p.block == "head")
 
     def gradient_views(self, head: torch.Tensor, embedding: torch.Tensor) -> HeadTensors:
@@ -43,6 +44,10 @@ class Head:
         if self.tied:
             return HeadTensors(norm, view(embedding, self._table["embedding.tokens"]))
         return HeadTensors(norm, view(head, self._table["head.tokens"], self._start))
+
+    def project(self, normed: torch.Tensor, logits: torch.Tensor) -> None:
+        """logits (n, V) of normed (n, C), the output of the final norm."""
+        self.ops.linear_forward(normed, self.tokens, logits, scale=self.output_multiplier)
 
     def forward_backward(
         self,
@@ -63,11 +68,13 @@ class Head:
         """
         arena = self.arena
         x, normed, rstd = arena["head.input"], arena["head.normed"], arena["head.rstd"]
-        d_normed = arena["head.d_normed"]
+        d_normed, multiplier = arena["head.d_normed"], self.output_multiplier
         self.ops.rmsnorm_forward(residual, delta, self.norm, self.eps, x, normed, rstd)
         for rows, logits in self._losses(normed, targets, losses, "head", scale):
-            self.ops.linear_backward_input(logits, self.tokens, d_normed[rows])
-            self.ops.linear_backward_weight(logits, normed[rows], d_weights.tokens, add=add or rows.start > 0)
+            self.ops.linear_backward_input(logits, self.tokens, d_normed[rows], scale=multiplier)
+            self.ops.linear_backward_weight(
+                logits, normed[rows], d_weights.tokens, add=add or rows.start > 0, scale=multiplier
+            )
         self.ops.rmsnorm_backward(d_normed, x, rstd, self.norm, d_x, d_weights.norm, residual=False, add=add)
 
     def losses(
@@ -97,7 +104,7 @@ class Head:
             rows = slice(start, min(start + logits_buffer.shape[0], normed.shape[0]))
             count = rows.stop - start
             logits = logits_buffer[:count]
-            self.ops.linear_forward(normed[rows], self.tokens, logits)
+            self.project(normed[rows], logits)
             wide = None if wide_buffer is None else wide_buffer[:count]
             terms = {} if scale is None else self.loss_terms  # evaluation measures plain cross-entropy
             self.ops.cross_entropy(logits, targets[rows], losses[rows], wide, scale, **terms)

@@ -63,6 +63,7 @@ class SingleToken:
         self._blocks = [_Weights.of(block.weights) for block in model.blocks]
         self._embedding = model.embedding.weight.numpy()
         self._head_norm, self._head = model.head.norm.numpy(), model.head.tokens.numpy()
+        self._output_multiplier = model.head.output_multiplier
 
         buffers = ("stream", "normed", "delta", "qkv", "attention_out", "gate_up", "hidden")
         self._stream, self._normed, self._delta, self._qkv, self._mixed, self._gate_up, self._hidden = (
@@ -138,11 +139,11 @@ class SingleToken:
             np.multiply(hidden, self._up, out=hidden)
             np.dot(w.down, hidden, out=delta)
             np.add(stream, delta, out=stream)
-        self._norm(self._head_norm)
+        self._norm(self._head_norm, self._output_multiplier)
         np.dot(self._head, normed, out=self._logits_array)
 
-    def _norm(self, weight: np.ndarray) -> None:
-        """normed = stream / rms(stream) * weight."""
+    def _norm(self, weight: np.ndarray, multiplier: float = 1.0) -> None:
+        """normed = multiplier * stream / rms(stream) * weight."""
         rstd = (float(self._stream.dot(self._stream)) / self._width + self._eps) ** -0.5
         np.multiply(self._stream, weight, out=self._normed)
-        np.multiply(self._normed, rstd, out=self._normed)
+        np.multiply(self._normed, multiplier * rstd, out=self._normed)

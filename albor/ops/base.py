@@ -121,23 +121,43 @@ class Ops(ABC):
 
     # Linear layers, without biases
 
-    def linear_forward(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """out = x @ weight^T. x (N, in), weight (out, in), out (N, out)."""
-        torch.mm(x, weight.t(), out=out)
+    def linear_forward(
+        self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, scale: float = 1.0
+    ) -> None:
+        """out = scale * x @ weight^T. x (N, in), weight (out, in), out (N, out).
 
-    def linear_backward_input(self, d_out: torch.Tensor, weight: torch.Tensor, d_x: torch.Tensor) -> None:
-        """d_x = d_out @ weight. d_out (N, out), weight (out, in), d_x (N, in)."""
-        torch.mm(d_out, weight, out=d_x)
+        Here and in its gradients the GEMM multiplies by `scale` before it rounds, at no cost.
+        """
+        _multiply(x, weight.t(), out, scale)
+
+    def linear_backward_input(
+        self, d_out: torch.Tensor, weight: torch.Tensor, d_x: torch.Tensor, *, scale: float = 1.0
+    ) -> None:
+        """d_x = scale * d_out @ weight. d_out (N, out), weight (out, in), d_x (N, in)."""
+        _multiply(d_out, weight, d_x, scale)
 
     def linear_backward_weight(
-        self, d_out: torch.Tensor, x: torch.Tensor, d_weight: torch.Tensor, *, add: bool = False
+        self,
+        d_out: torch.Tensor,
+        x: torch.Tensor,
+        d_weight: torch.Tensor,
+        *,
+        add: bool = False,
+        scale: float = 1.0,
     ) -> None:
-        """d_weight = d_out^T @ x; with `add`, += that. d_out (N, out), x (N, in), d_weight (out, in)."""
+        """d_weight = scale * d_out^T @ x; with `add`, += that.
+
+        d_out (N, out), x (N, in), d_weight (out, in).
+        """
         left, wide = d_out.t(), d_weight.dtype
         if wide == x.dtype:
-            torch.addmm(d_weight, left, x, out=d_weight) if add else torch.mm(left, x, out=d_weight)
-        elif add:  # half-precision operands, an fp32 sum: the GEMM adds to it before anything is rounded
-            aten.addmm.dtype_out(d_weight, left, x, wide, out=d_weight)
+            if add:
+                torch.addmm(d_weight, left, x, alpha=scale, out=d_weight)
+            else:
+                _multiply(left, x, d_weight, scale)
+        elif add or scale != 1.0:
+            # Half-precision operands, an fp32 sum: the GEMM adds to it before anything is rounded.
+            aten.addmm.dtype_out(d_weight, left, x, wide, beta=int(add), alpha=scale, out=d_weight)
         else:
             aten.mm.dtype_out(left, x, wide, out=d_weight)
 
@@ -318,13 +338,15 @@ class Ops(ABC):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        lr_scale: float = 1.0,
     ) -> None:
         """One AdamW step (Loshchilov & Hutter 2017, arXiv:1711.05101) on flat slices of n elements.
 
         master, first, second and gradient are wide, and weights are master in the compute dtype; or master
         is None, and the weights are updated themselves: wide with wide moments, or all three in bf16, stored
-        with stochastic rounding. The first `decayed` elements are decayed. `start` is the place of the slice
-        in the whole, by which the random numbers of the rounding go. The gradient may be overwritten.
+        with stochastic rounding. The first `decayed` elements are decayed, by lr * weight_decay, and the
+        rest of their step is `lr_scale` times what lr makes it. `start` is the place of the slice in the
+        whole, by which the random numbers of the rounding go. The gradient may be overwritten.
         """
 
     @abstractmethod
@@ -342,6 +364,14 @@ class Ops(ABC):
         segment's programs it is, and how many they are; the programs of segment s are firsts[s] to
         firsts[s + 1], firsts (S + 1,) int64. partials (P,) float64 is scratch.
         """
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+    """out = scale * a @ b; what `out` holds is not read."""
+    if scale == 1.0:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def shaped(scratch: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -356,6 +356,7 @@ class TorchOps(Ops):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        lr_scale: float = 1.0,
     ) -> None:
         scalars = self._scalars
         assert scalars is not None, "begin_update comes first"
@@ -363,17 +364,22 @@ class TorchOps(Ops):
             for part in _chunks(weights.numel(), _ROUNDED):
                 _adamw_rounded(
                     weights[part], gradient[part], first[part], second[part], scalars,
-                    start + part.start, decayed - part.start, betas, eps, weight_decay,
+                    start + part.start, decayed - part.start, betas, eps, weight_decay, lr_scale,
                 )  # fmt: skip
             return
         updated = weights if master is None else master
-        for part, decay in ((slice(0, decayed), weight_decay), (slice(decayed, weights.numel()), 0.0)):
+        # Of the scaled rate the decay is a larger share.
+        halves = (
+            (slice(0, decayed), scalars.lr * lr_scale, weight_decay / lr_scale),
+            (slice(decayed, weights.numel()), scalars.lr, 0.0),
+        )
+        for part, lr, decay in halves:
             if part.start == part.stop:
                 continue
             torch._fused_adamw_(
                 [updated[part]], [gradient[part]], [first[part]], [second[part]], [],
                 [torch.tensor(float(scalars.update))],
-                lr=scalars.lr, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps,
+                lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps,
                 amsgrad=False, maximize=False,
                 grad_scale=torch.tensor(1.0 / scalars.gradient_scale),  # in the same pass: it divides
             )  # fmt: skip
@@ -404,6 +410,7 @@ def _adamw_rounded(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    lr_scale: float,
 ) -> None:
     """`Ops.adamw` on bf16 state, with the kernel's order of operations and its random bits."""
     lr, correction1, correction2 = torch.tensor(
@@ -416,7 +423,9 @@ def _adamw_rounded(
     v = v * betas[1] + g * g * (1 - betas[1])
     # torch.sqrt of fp32 is not rounded correctly on every CPU; from float64 it is.
     roots, correction = v.double().sqrt().float(), correction2.double().sqrt().float()
-    p = p - (lr / correction1) * m / (roots / correction + eps)
+    steps = torch.full_like(p, lr / correction1)
+    steps[: max(0, decayed)] *= torch.tensor(lr_scale, dtype=torch.float32)
+    p = p - steps * m / (roots / correction + eps)
     bits, more_bits = (reference(scalars.seed, start, g.numel(), stream) for stream in range(2))
     weights.copy_(stochastic_round(p, bits))
     first.copy_(stochastic_round(m, bits >> 16))

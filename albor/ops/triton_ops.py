@@ -207,12 +207,13 @@ class TritonOps(Ops):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        lr_scale: float = 1.0,
     ) -> None:
         assert self.update is not None
         rounds = master is None and weights.dtype == torch.bfloat16
         adamw.update(
             weights, master, gradient, first, second, self.update, decayed,
-            betas=betas, eps=eps, weight_decay=weight_decay,
+            betas=betas, eps=eps, weight_decay=weight_decay, lr_scale=lr_scale,
             seed=self.update_seed if rounds else None, start=start,
         )  # fmt: skip
 

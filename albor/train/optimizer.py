@@ -36,4 +36,5 @@ class AdamW:
                 betas=self.config.betas,
                 eps=self.config.eps,
                 weight_decay=self.config.weight_decay,
+                lr_scale=block.lr_scale,
             )

@@ -75,6 +75,7 @@ POLICIES: dict[str, Policy] = {
     "model.rms_norm_eps": _FUNCTION,
     "model.tie_word_embeddings": _SHAPE,
     "model.initializer_range": _refused("the run began with weights of the old range"),
+    "model.mup_base_width": _FUNCTION,
     "model.init_from": _refused("the run began with other weights; they are in it, and are not read again"),
     "tokenizer.kind": _DATA,
     "tokenizer.path": _CONTENT,

@@ -194,7 +194,8 @@ def test_a_checkpoint_is_exported_as_it_was(run: Path, tmp_path: Path):
     assert result.code == 0, result.err
     (line,) = result.out.splitlines()
     told = json.loads(line)
-    assert (told["step"], told["tokens"]) == (20, 1920)
+    assert (told["step"], told["planned_steps"], told["tokens"]) == (20, 24, 1920)
+    assert "This is step 20 of the 24 that the run is to have." in result.err
     (one,) = told["exports"]
     assert (one["format"], one["dtype"], one["path"]) == ("hf", "fp32", str(tmp_path / "out"))
     assert one["files"] == {p.name: p.stat().st_size for p in (tmp_path / "out").iterdir()}
@@ -204,6 +205,7 @@ def test_a_checkpoint_is_exported_as_it_was(run: Path, tmp_path: Path):
     assert "| 1,920 |" in text
     assert "2,304" not in text
     assert "None were stored with the run" in text  # eval/final.json is of step 24
+    assert "| Steps | 20 of the 24 that the run is to have, of 96 tokens each |" in text
 
 
 # What stands in the way
@@ -387,7 +389,8 @@ def test_the_card_says_what_the_run_recorded(text: str, config: Path):
     assert (head["license"], head["library_name"]) == ("apache-2.0", "transformers")
     assert "albor" in head["tags"]
     for said in (
-        "| Parameters | 30,112 |", "| Tokens | 2,304 |", "0.0765, which is 0.4% of the 20", "![", "loss.png",
+        "| Parameters | 30,112 |", "| Tokens | 2,304 |",
+        "| Steps | 24, of 96 tokens each |", "0.0765, which is 0.4% of the 20", "![", "loss.png",
         "| Local files (files): corpus | 100.0% | 2,304 |", "| held-out documents | perplexity |",
         "AutoModelForCausalLM", "--to gguf", "mlx_lm", "The weights: apache-2.0",
     ):  # fmt: skip

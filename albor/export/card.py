@@ -147,7 +147,7 @@ def _training(source: Source) -> list[str]:
             f"{ratio:.3g}, which is {share:.1%} of the {CHINCHILLA_TOKENS_PER_PARAMETER} that are "
             "compute-optimal (Chinchilla)",
         ),
-        ("Steps", f"{step:,} of {config.tokens_per_step:,} tokens"),
+        ("Steps", f"{_steps(step, config.train.max_steps)}, of {config.tokens_per_step:,} tokens each"),
         ("Sequence length", f"{config.data.sequence_length:,}"),
         (
             "Optimizer",
@@ -174,6 +174,10 @@ def _width_transfer(model: ModelConfig) -> list[tuple[str, str]]:
     scale = f"{model.mup_base_width:,} / {model.hidden_size:,}"
     what = f"learning rate of the blocks' matrices and logits times {scale}, which the final norm contains"
     return [("muP", what)]
+
+
+def _steps(step: int, planned: int) -> str:
+    return f"{step:,}" if step >= planned else f"{step:,} of the {planned:,} that the run is to have"
 
 
 def _environment(source: Source) -> dict[str, Any]:

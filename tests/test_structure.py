@@ -49,7 +49,7 @@ ROWS = (
     ("train.rehearsal", "train.run_directory", "train.saved", "train.session", "train.saver", "train.spikes",
         "train.divergence", "train.memory_record", "train.loop", "train.run",
         "train.verify_resume", "canary"),
-    ("doctor", "calibrate", "monitor", "serve"),
+    ("doctor", "calibrate", "monitor", "serve", "sweep"),
     ("bench",),
     ("cli", "child", "__main__"),
 )  # fmt: skip
@@ -74,8 +74,8 @@ WITHOUT_TORCH = (
     "memory.suggest", "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",
     "memory.estimate", "memory.sweep", "memory.plot", "memory.report",
     "memory.sweep_report", "memory.process", "memory.audit", "ladder.predict", "doctor.report",
-    "monitor.command", "monitor.snapshot", "monitor.app",
-    "cli",
+    "monitor.command", "monitor.snapshot", "monitor.app", "sweep.command",
+    "report.command", "cli",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.events import Resize
+from textual.geometry import Size
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Static
 
@@ -36,7 +37,7 @@ from albor.monitor.layout import HEADER, Place, arrange
 from albor.monitor.view import View
 
 HELP = """\
-q, Esc, Ctrl-C    quit; the run goes on
+q, Esc, Ctrl-C    quit; the run goes on; Ctrl-Z suspends
 Tab, right        next metric in the large chart
 Shift-Tab, left   the one before
 up, +             the newer half of the steps
@@ -48,6 +49,7 @@ r                 read everything again
 A small window leaves parts out, in this order: sample, events,
 gradient norms, memory, small charts. The header, the large
 chart and, while one holds, the alerts stay."""
+SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 0}  # with their exit codes
 _DRAWING_SHARE = 0.01  # of a core, for pictures that nobody has asked for
 _KEYS = "q quit  ? help  tab metric  ↑↓ zoom  l log  r reload"
 _PARTS = ("large", "small-1", "small-2", *panels.PANELS)
@@ -99,6 +101,7 @@ class Monitor(App[int]):
         Binding("l", "scale"),
         Binding("r", "reload"),
         Binding("question_mark", "help"),
+        Binding("ctrl+z", "suspend_process"),
     ]
 
     def __init__(self, poll: Callable[[], View], reload: Callable[[], None], interval: float):
@@ -110,6 +113,7 @@ class Monitor(App[int]):
         self.zoom = 0
         self.logarithmic = False
         self.gone: str | None = None
+        self._window: Size | None = None
         self.drawing_share = _DRAWING_SHARE
         self._not_before = 0.0
         self._drawn: dict[str, tuple[object, ...]] = {}  # what each part was drawn from
@@ -130,14 +134,16 @@ class Monitor(App[int]):
     def on_mount(self) -> None:
         """Reads once, and from then on at the interval."""
         loop = asyncio.get_running_loop()
-        for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 0)):
+        for number, code in SIGNALS.items():
             with suppress(ValueError, RuntimeError):  # only the main thread may
                 loop.add_signal_handler(number, self.exit, code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.refresh_view()
         self.set_interval(self._interval, self.refresh_view)
 
     def on_resize(self, event: Resize) -> None:
-        """The window has another size."""
+        """The window has another size, which `self.size` learns only after this."""
+        self._window = event.size
         self._draw()
 
     def refresh_view(self) -> None:
@@ -158,7 +164,7 @@ class Monitor(App[int]):
         if view is None:
             return
         said = len(view.alerts) + len(view.problems)
-        width, height = self.size
+        width, height = self._window or self.size
         places = arrange(width, height, alerts=said)
         self._place(places, width, height)
         asked = (view.directory, view.state, said, self.metric, self.zoom, self.logarithmic)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from albor.errors import ConfigError, Problem
@@ -35,8 +36,9 @@ def find_target(given: Path | None, runs: Path = Path("runs")) -> Path:
         return _only_running(runs)
     if _group_of(given) or not given.exists():
         return given
-    if given.is_dir() and not any(given.iterdir()):
-        return given  # a ladder, or a run, about to begin
+    with suppress(OSError):
+        if not os.listdir(given):
+            return given  # a run, or a ladder, that is about to begin
     return open_run(given).directory
 
 

@@ -15,6 +15,7 @@ _COLOURS = {"raw": "gray", "line": "cyan", "points": "orange"}  # of the termina
 _MARKERS = {"raw": "braille", "line": "braille", "points": "●"}
 _ASCII_MARKERS = {"raw": ".", "line": "*", "points": "o"}
 _ASCII = str.maketrans("┤│├┬─┼┴└┌┘┐", "||||-+++++|")
+_HUGE, _TINY = 1e300, 1e-300  # what a float holds beyond these is drawn at them: differences overflow
 _LEAST_WIDTH, _LEAST_HEIGHT = 16, 4
 
 
@@ -42,8 +43,8 @@ def draw(
         return ""
     low = min(float(curve.values.min()) for curve in curves)
     high = max(float(curve.values.max()) for curve in curves)
-    if high - low <= 1e-9 * max(abs(high), abs(low)):  # a flat line lies in the middle
-        margin = abs(high) * 0.05 or 0.5
+    if high - low <= max(1e-9 * max(abs(high), abs(low)), _TINY):  # a flat line lies in the middle
+        margin = 0.5 if logarithmic else abs(high) * 0.05 or 0.5
         low, high = low - margin, high + margin
     ticks = (_log_ticks if logarithmic else _ticks)(low, high, max(2, height // 3))
 
@@ -76,7 +77,7 @@ def _clip(curve: Curve, first: int, logarithmic: bool) -> Curve:
     shown = curve.steps >= first
     if logarithmic:
         shown &= curve.values > 0
-    values = curve.values[shown]
+    values = np.clip(curve.values[shown], _TINY if logarithmic else -_HUGE, _HUGE)
     return Curve(curve.label, curve.kind, curve.steps[shown], np.log10(values) if logarithmic else values)
 
 
@@ -116,4 +117,4 @@ def _label(tick: float, logarithmic: bool) -> str:
     value = 10.0**tick if logarithmic else tick
     if abs(value) >= 10_000:
         return format_count(value)
-    return f"{value:.3g}" if logarithmic or abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

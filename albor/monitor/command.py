@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,8 +27,10 @@ def run_monitor(given: Path | None, interval: float, *, once: bool, as_json: boo
 
         print("\n".join(lines(attachment.poll(), ascii_only=not _has_unicode())))
         return 0
-    from albor.monitor.app import Monitor
+    from albor.monitor.app import SIGNALS, Monitor
 
+    # A signal must find the handlers that give the terminal back; until they are there it waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     app = Monitor(attachment.poll, attachment.reload, interval)
     code = app.run(mouse=False)
     if app.gone is not None:

@@ -69,7 +69,7 @@ def lines(view: View, *, ascii_only: bool = False) -> list[str]:
     if panels.has_alerts(view):
         shown = panels.alerts(view, 10_000, len(view.alerts) + len(view.problems))
         out += _section("alerts", shown.plain.split("\n"))
-    return out
+    return [line.encode("ascii", "replace").decode() for line in out] if ascii_only else out
 
 
 def _section(title: str, rows: list[str]) -> list[str]:

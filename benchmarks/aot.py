@@ -56,7 +56,12 @@ PLACES: dict[str, tuple[Literal["cpu", "gpu"], ...]] = {
     "auto": ("cpu", "gpu"),
 }
 
-SHIPPED = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("configs/*.yaml"))]
+# A ladder names the configuration that its rungs begin with.
+SHIPPED = [
+    str(path.relative_to(ROOT))
+    for path in sorted(ROOT.glob("configs/*.yaml"))
+    if not path.name.startswith("ladder")
+]
 # Every kernel runs in one of these or in a shipped configuration: other options, at a head width of 128; and
 # rows that RMSNorm does not hold in registers.
 VARIANTS = {

@@ -32,13 +32,13 @@ from albor.memory.plan import plan_training
 from albor.train.session import open_session
 
 RECORD = Path(__file__).parent / "results" / "mup.json"
-WIDTHS, STEPS, EXPONENTS = (64, 128, 256), 200, range(-11, -2)
+WIDTHS, STEPS, EXPONENTS = (64, 128, 256), 100, range(-10, -2)
 HEAD_WIDTH = 32
 WAYS = {"standard": False, "muP": True}
 
 
 def make_config(width: int, base: int | None, lr: float, steps: int, cache: str) -> RunConfig:
-    """A model of 2 layers; 1,024 tokens a step."""
+    """A model of 2 layers; 512 tokens a step."""
     heads = width // HEAD_WIDTH
     return RunConfig.model_validate({
         "name": "mup", "device": "cpu",
@@ -54,7 +54,7 @@ def make_config(width: int, base: int | None, lr: float, steps: int, cache: str)
         },
         "optimizer": {"lr": lr},
         "schedule": {"warmup_steps": steps // 10},
-        "train": {"max_steps": steps, "micro_batch_size": 16, "precision": "fp32"},
+        "train": {"max_steps": steps, "micro_batch_size": 8, "precision": "fp32"},
     })  # fmt: skip
 
 

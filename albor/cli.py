@@ -1092,6 +1092,42 @@ def bench(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, at most 24.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace FILE even if albor report did not make it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one page about one or several runs: an HTML file that needs no network.
+
+    \b
+    albor report runs/my-run --out my-run.html
+    albor report runs/a runs/b runs/c --out compared.html
+
+    Losses and bits per byte over tokens or hours, gradient norms by block, speed,
+    memory planned and measured, data, events, evaluations, samples, configuration
+    and environment. What was not measured says so. Several runs are drawn over
+    each other.
+
+    It may be made while a run trains, and never writes into one. FILE is written
+    whole or not at all; one that albor report made is replaced.
+    """
+    from albor.report.command import write_report
+
+    written = write_report(runs, out, force=force)
+    if as_json:
+        print(json.dumps(written.as_json()))
+        return
+    for problem in written.problems:
+        print(f"albor: {problem}", file=sys.stderr)
+    print(f"{written.path}: {written.size / 1e6:.1f} MB; open it in a browser")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors that complete and check YAML.
 

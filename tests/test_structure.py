@@ -35,6 +35,7 @@ ROWS = (
     ("ops",),
     ("model",),
     ("data",),
+    ("report",),
     ("tensorfile",),
     ("manifest", "checkpoint"),
     (

@@ -947,6 +947,122 @@ def runs_compare(
 
 
 @app.command()
+def track(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
+    to: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TRACKER",
+            help="tensorboard, trackio or wandb; several with commas, or given several times.",
+        ),
+    ],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run that is over to TensorBoard, trackio or wandb, in place of what they have of it.
+
+    \b
+    albor track runs/my-run --to tensorboard
+    albor track runs/my-run --to trackio,wandb track.project=my-models
+    albor track runs/my-run --to wandb track.wandb_mode=online
+
+    While it trains, track.to in its configuration does that. Needs
+    pip install 'albor\\[track]'.
+
+    Exit code 1: the run is being trained, or a tracker failed; 2: it is no run,
+    or the tracker is not installed.
+    """
+    from albor.trackers.command import run_track
+
+    console = _console(stderr=as_json)
+    code = run_track(
+        run, to, overrides or [], lambda line: console.out(line, highlight=False), as_json=as_json
+    )
+    raise typer.Exit(code)
+
+
+@runs_app.command("ls")
+def runs_ls(
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where runs lie, at most three directories deep.")
+    ] = Path("runs"),
+    sort: Annotated[
+        str,
+        typer.Option(
+            metavar="BY",
+            help="began, name, state, loss, bits, step, tokens, speed, when or size: the best, largest or "
+            "newest first.",
+        ),
+    ] = "began",
+    state: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STATE",
+            help="Only these, with commas or given several times: running, finished, stopped, diverged, "
+            "failed, lost, new.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs: state, step, best validation, tokens, speed, size. Reads only; a run in progress goes on.
+
+    \b
+    albor runs ls
+    albor runs ls --sort loss
+    albor runs ls /data/runs --state stopped,lost --json
+
+    The runs of a ladder or a sweep stand together. lost: the process is gone and
+    has not said why. best val and bits/byte are those of the best evaluation.
+    """
+    from albor.runs.listing import run_listing
+
+    states = [name for given in state or [] for name in given.split(",")]
+    run_listing(directory, sort, states, as_json, _console())
+
+
+@runs_app.command("show")
+def runs_show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Show everything of one run on one page: state, results, checkpoints, events, memory, what to do next.
+
+    \b
+    albor runs show runs/my-run
+    albor runs show runs/my-run --json
+
+    A damaged line or file is named, and the rest is shown.
+    """
+    from albor.runs.details import run_show
+
+    run_show(run, as_json, _console())
+
+
+@runs_app.command("compare")
+def runs_compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Directories of runs.", show_default=False)
+    ],
+    everything: Annotated[bool, typer.Option("--all", help="Show the keys that do not differ, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs: the keys that differ, the results side by side, the better one marked.
+
+    \b
+    albor runs compare runs/a runs/b
+    albor runs compare runs/my-sweep/* --json
+    albor runs compare runs/a runs/b --all
+
+    Runs of different lengths are compared at the same number of tokens as well.
+    Nothing is called better where tokens or validation text are not the same.
+    """
+    from albor.runs.compare import run_compare
+
+    run_compare(runs, everything, as_json, _console())
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Show what this machine is, what is wrong with it, and what would make it faster. Changes nothing.
 

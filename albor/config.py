@@ -383,6 +383,34 @@ class LogConfig(Section):
     every_steps: Count = Field(10, description="Steps between rows in metrics.jsonl and on the terminal.")
 
 
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+
+class TrackConfig(Section):
+    """Where the rows of metrics.jsonl, the samples and the result are written to as well (needs the `track`
+    extra). None of it stops or slows the training: docs/trackers.md.
+    """
+
+    to: tuple[Tracker, ...] = Field(
+        (),
+        strict=False,
+        description="tensorboard: event files in RUN/tensorboard; trackio: a database in RUN/trackio; wandb: "
+        "RUN/wandb, offline unless wandb_mode says otherwise; [] is none.",
+    )
+    project: Text = Field("albor", description="The project in trackio and wandb.")
+    group: Text | None = Field(None, description="The group of runs in trackio and wandb; null: none.")
+    tags: tuple[Text, ...] = Field((), strict=False, description="Tags in wandb.")
+    entity: Text | None = Field(None, description="The user or team in wandb; null: your own.")
+    wandb_mode: Literal["offline", "online"] = Field(
+        "offline", description="offline: nothing is sent, and `wandb sync` may do it later; online: sent."
+    )
+    trackio_dir: Text | None = Field(
+        None,
+        description="trackio's directory (TRACKIO_DIR); several runs with the same one share a dashboard. "
+        "null: RUN/trackio.",
+    )
+
+
 class RunConfig(Section):
     """One training run, as one YAML file describes it."""
 
@@ -406,6 +434,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    track: TrackConfig = TrackConfig()
     alerts: dict[Annotated[str, AfterValidator(check_rule)], Action] = Field(
         {},
         description="Rules on metrics, each with what happens when it holds after a step or an evaluation: "
@@ -550,6 +579,8 @@ def check_algebra(config: RunConfig) -> list[Problem]:
             )
     if len(set(config.evaluate.prompts)) != len(config.evaluate.prompts):
         refuse("evaluate.prompts", "a prompt stands there twice", "remove one")
+    if len(set(config.track.to)) != len(config.track.to):
+        refuse("track.to", "a tracker stands there twice", "remove one")
     micro_batch = train.micro_batch_size * data.sequence_length
     if train.head_chunk_tokens and train.head_chunk_tokens > micro_batch:
         refuse(

@@ -10,11 +10,13 @@ import errno
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
+from unittest import mock
 
 import pytest
 from pretrained_cases import write_llama
@@ -28,6 +30,8 @@ from albor.config import RunConfig, Source
 from albor.configfile import load_config
 from albor.errors import ConfigError
 from albor.memory.attention import Measurement
+from albor.trackers.installed import open_sink
+from albor.trackers.sink import Source as Tracked
 from albor.train.resume_policy import changes_on_resume
 
 LAST_STEP = 6
@@ -76,6 +80,7 @@ JUMPS = ("optimizer.lr=0.3", "divergence.spike_window=8", "divergence.spike_zsco
 SKIPPED = (*JUMPS, "divergence.on_spike=skip")
 # Allowed to change, for they say what becomes of steps that are still to come.
 JUDGING = ("divergence.on_spike", "divergence.spike_zscore", "divergence.spike_window")
+WANDB, TRACKIO = ("track.to=[wandb]",), ("track.to=[trackio]",)
 EFFECTS = [
     Effect("name", "name=other", "places"),
     Effect("runs_dir", "runs_dir=elsewhere", "places"),
@@ -163,6 +168,15 @@ EFFECTS = [
     Effect("checkpoint.retries", "checkpoint.retries=0", "code", (FULL_DISK,)),
     Effect("checkpoint.background", "checkpoint.background=true", "plan"),
     Effect("log.every_steps", "log.every_steps=2", "rows"),
+    Effect("track.to", "track.to=[wandb]", "tracked"),
+    Effect("track.project", "track.project=p", "tracked", WANDB),
+    Effect("track.project", "track.project=p", "tracked", TRACKIO),
+    Effect("track.group", "track.group=g", "tracked", WANDB),
+    Effect("track.group", "track.group=g", "tracked", TRACKIO),
+    Effect("track.tags", "track.tags=[t]", "tracked", WANDB),
+    Effect("track.entity", "track.entity=e", "tracked", WANDB),
+    Effect("track.wandb_mode", "track.wandb_mode=online", "tracked", WANDB),
+    Effect("track.trackio_dir", "track.trackio_dir=other", "tracked", TRACKIO),
     Effect("alerts", "alerts={train/loss > 0: warn}", "alerts"),
 ]
 
@@ -239,7 +253,9 @@ def observe(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             if FULL_DISK in overrides:
                 patch.setattr("albor.train.saver._FIRST_PAUSE", 0.01)
                 patch.setattr(checkpoint, "write_tensors", full_once(checkpoint.write_tensors))
-            shown = seen(call("train", project, *SHORT, *overrides).code)
+            patch.setattr("albor.trackers.feed.Feed", Untracked)
+            patch.setattr(Untracked, "begun", [])
+            shown = seen(call("train", project, *SHORT, *overrides).code) | {"tracked": Untracked.begun}
         asked = call("vram-estimate", project, *SHORT, *overrides, "device=cuda", "--gpu=H100", "--json")
         return shown | ({"on_gpu": json.loads(asked.out)["attention"]["backend"]} if asked.code == 0 else {})
 
@@ -250,6 +266,38 @@ def observe(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         patch.setattr("torch.cuda.is_available", lambda: False)
         patch.setattr("albor.memory.attention.read_table", measured_attention)
         yield run
+
+
+class Untracked:
+    """A tracker's feed whose tracker runs here, and is told how it is to begin and nothing else."""
+
+    begun: ClassVar[list[Any]] = []
+    left_out, problem = 0, None
+
+    def __init__(self, tracker: str, directory: Path, config: RunConfig):
+        self.tracker = tracker
+        package = SimpleNamespace(
+            init=self.begin,
+            Settings=lambda **keys: keys,
+            Api=lambda: SimpleNamespace(runs=lambda project: []),
+        )
+        with (
+            mock.patch.dict(sys.modules, {tracker: package}),
+            mock.patch.dict(os.environ),
+            warnings.catch_warnings(),
+        ):
+            open_sink(tracker, Tracked(directory, config)).rewind(0)
+
+    def begin(self, **how: Any) -> SimpleNamespace:
+        how = {key: how.get(key) for key in ("project", "group", "tags", "entity", "mode")}
+        self.begun.append((how, os.environ.get("TRACKIO_DIR", "").rpartition("/")[2]))
+        return SimpleNamespace(id="x")
+
+    def put(self, message: dict[str, Any]) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
+
+    def close(self, seconds: float, since: float) -> None: ...
 
 
 def full_once(write: Callable[..., Any]) -> Callable[..., Any]:

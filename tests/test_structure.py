@@ -22,6 +22,7 @@ ROWS = (
     ),
     ("yamlcore", "config", "configfile", "architecture", "metric_names", "floor", "gguffile"),
     ("runs",),
+    ("trackers",),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",
         "memory.cards", "memory.nvml", "memory.host", "memory.pytorch",
@@ -69,7 +70,8 @@ STRANGERS = (
 WITHOUT_TORCH = (
     "errors", "units", "faults", "alerts", "spikes", "config", "configfile", "architecture", "floor",
     "runlog", "runs.owner", "runs.record", "runs.state", "runs.follow",
-    "runs.text", "runs.summary", "runs.listing", "runs.details", "runs.compare", "memory.packing",
+    "runs.text", "runs.summary", "runs.listing", "runs.details", "runs.compare", "trackers.feed",
+    "trackers.command", "memory.packing",
     "memory.attention", "memory.attention_bytes", "memory.plan", "memory.cards", "memory.nvml",
     "memory.host", "memory.pytorch", "memory.calibration", "memory.outside", "memory.devices",
     "memory.suggest", "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",

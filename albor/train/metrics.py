@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from albor.runlog import EVENTS, METRICS, read_rows
 
@@ -27,10 +27,25 @@ def _print_to_stderr(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+class Follower(Protocol):
+    """Who gets what the logs get, right behind them; it neither raises nor waits."""
+
+    def row(self, record: Mapping[str, Any]) -> None:
+        """A row as metrics.jsonl has it, but with NaN and infinity."""
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        """An event as events.jsonl has it."""
+
+    def rewind(self, step: int) -> None:
+        """The rows beyond `step` are gone."""
+
+
 class MetricsLog:
     """The two logs in `run_dir`. The first time that one cannot be written or read, `on_failure` gets a
     message.
     """
+
+    follower: Follower | None = None
 
     def __init__(self, run_dir: Path, on_failure: Callable[[str], None] = _print_to_stderr):
         self.metrics_path = run_dir / METRICS
@@ -45,6 +60,8 @@ class MetricsLog:
         time = datetime.now(UTC).isoformat("T", "milliseconds")
         record = {"step": step, "tokens": tokens, "time": time, **metrics}
         self._attempt(self.metrics_path, lambda path: _append(path, record))
+        if self.follower is not None:
+            self.follower.row(record)
 
     def event(self, event: str, step: int | None, **details: Any) -> None:
         """Append something that happened (a checkpoint, a skipped step, the run's end), with the time; the
@@ -57,6 +74,8 @@ class MetricsLog:
             **details,
         }
         self._attempt(self.events_path, lambda path: _append(path, record))
+        if self.follower is not None:
+            self.follower.event(record)
 
     def truncate_after(self, step: int) -> None:
         """Remove the rows beyond `step`, which a run that resumes at `step` is about to write again.
@@ -64,6 +83,8 @@ class MetricsLog:
         Events stay: they happened.
         """
         self._attempt(self.metrics_path, lambda path: _keep_rows(path, step))
+        if self.follower is not None:
+            self.follower.rewind(step)
 
     def rows(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds, oldest first; nothing where it cannot be read, which is reported too."""

@@ -30,6 +30,8 @@ from albor.memory.process import CardProcess
 from albor.memory.shortage import is_out_of_memory
 from albor.pretrained.source import open_for
 from albor.progress import show_progress
+from albor.trackers.feed import CLOSE_SECONDS, Trackers
+from albor.trackers.installed import missing
 from albor.train.display import Display, make_display
 from albor.train.loop import Loop, Sample, draw_samples, evaluate_session, smoke_test_session
 from albor.train.memory_record import MemoryRecord
@@ -52,6 +54,8 @@ from albor.train.session import (
     open_session,
 )
 from albor.train.signals import Stopped, StopRequest
+
+_STOP_SECONDS = 10.0  # for trackers: schedulers give half a minute or more, of which the save took some
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def run_training(
     config, plan, device = target.config, target.plan, target.device
     say = Display(console).message
     directory = run_directory(config)
+    if problems := missing(config.track.to, "track.to"):
+        raise ConfigError(problems)
     if faults.ACTIVE:
         say(f"{faults.VARIABLE} is set: this run will fail on purpose ({faults.ACTIVE})")
     if device == "cuda" and not torch.cuda.is_available():
@@ -138,6 +144,9 @@ def run_training(
             if session.left_out and (problems := check_horizon(config, data, session.left_out)):
                 raise ConfigError(problems)
             preflight(session, say, alone=alone)
+            if config.track.to:
+                trackers = Trackers(directory, config, lambda text: log.on_failure(text), log.event)
+                log.follower = end.trackers = trackers
             _describe(session, target, given, log, say)
             display = make_display(
                 console, config.steps, first_step=session.state.step, title=config.name, json=as_json
@@ -156,6 +165,8 @@ def run_training(
                 smoke = {"step": outcome.steps, **smoke_as_json(outcome.smoke)}
                 replace_file(directory / "eval" / "smoke.json", json.dumps(smoke, indent=1) + "\n")
             replace_file(directory / "eval" / "final.json", json.dumps(outcome.as_json(), indent=1) + "\n")
+            if end.trackers is not None:
+                end.trackers.summary(outcome.steps, outcome.as_json())
     return outcome
 
 
@@ -167,6 +178,7 @@ class _RecordedEnd:
     def __init__(self, config: RunConfig, log: MetricsLog, stop: StopRequest):
         self._config, self._log, self._stop = config, log, stop
         self.session: Session | None = None  # from when it is open
+        self.trackers: Trackers | None = None  # from when they are fed
 
     def __enter__(self) -> _RecordedEnd:
         return self
@@ -184,6 +196,9 @@ class _RecordedEnd:
                 self._log.event("stopped", step, reason=self._stop.reason)
             else:
                 self._log.event("failed", step, error=f"{type(error).__name__}: {error}")
+        if self.trackers is not None:
+            code = 0 if error is None else error.exit_code if isinstance(error, AlborError) else 1
+            self.trackers.close(code, CLOSE_SECONDS if error is None else _STOP_SECONDS)
         if error is not None and is_out_of_memory(error):
             raise AlborError(_explain_shortage(error, self._config, step)) from error
 

@@ -165,6 +165,7 @@ class _Commands:
             "log.every_steps=1",
             "train.max_hours=null",
             "alerts={}",
+            "track.to=[]",
         ]
 
     def run(self, name: str, fault: str, code: int, stage: str | None = None) -> None:

@@ -543,15 +543,21 @@ def modelled_speed(target: Estimate) -> float | None:
 
 
 def _text(config: RunConfig) -> Row:
-    """What a loss per token depends on besides the model: the text, and how it is cut into tokens."""
+    """What a loss per token depends on besides the model: the text, and how it is cut into tokens.
+
+    Of a data set on the hub, how much of it is read does not count: held-out documents are chosen by their
+    hash, and more of them are of the same kind. Of files, other ones are other text.
+    """
     data = config.data
     return {
-        "sources": [source.model_dump() for source in data.sources],
+        "sources": [
+            source.model_dump(exclude={"max_bytes"} if source.kind == "hf" else set())
+            for source in data.sources
+        ],
         "held out": data.validation_fraction,
         "tokenizer": config.tokenizer.model_dump(),
         "vocabulary": config.model.vocab_size,
         "length": data.sequence_length,
-        "measured on": config.evaluate.final_batches * config.train.micro_batch_size,
     }
 
 

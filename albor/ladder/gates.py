@@ -312,7 +312,9 @@ def skipped_steps(gate: SkippedStepsGate, run: RunLog) -> Result:
 
 
 def validation(gate: ValidationGate, run: RunLog) -> Result:
-    """How far the last validation is above the training loss of the last rows, and above its own minimum."""
+    """How far the last validation is above the mean training loss since the one before it, and above its own
+    minimum. A row's loss is one batch's: `_LAST_ROWS` are the fewest that say something.
+    """
     threshold = f"gap at most {gate.gap:g}, rise at most {gate.rise:g}"
     losses = run.series("val/loss")
     if run.final is None or not losses:
@@ -321,7 +323,9 @@ def validation(gate: ValidationGate, run: RunLog) -> Result:
     at, lowest = min(losses, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
     rise = last - lowest
     final = known_metric(run.final, "val/loss")
-    rows = [loss for _, loss in run.series("train/loss")][-_LAST_ROWS:]
+    training, before = run.series("train/loss"), ([0] + [step for step, _ in losses])[-2]
+    since = sum(step > before for step, _ in training)
+    rows = [loss for _, loss in training[-max(since, _LAST_ROWS) :]]
     gap = None
     if run.pure_loss and rows and final is not None:
         gap = final - statistics.fmean(rows)

@@ -12,12 +12,11 @@ from rich.table import Table
 from albor.architecture import Architecture
 from albor.ladder.climb import finished
 from albor.ladder.file import GATES, LadderFile, Planned
-from albor.ladder.gates import LOOK, WHY, Result
+from albor.ladder.gates import Result
 from albor.ladder.state import STATE, State
 from albor.units import format_count
 
 REPORT = "ladder.md"
-_NOT_YET = "not yet"
 
 Row = dict[str, Any]
 
@@ -69,22 +68,10 @@ def _state(planned: Planned, state: State, found: Sequence[Result]) -> str:
 
 def rung_rows(content: Row) -> list[list[str]]:
     """A header, and a row for each rung."""
-    rows = [
-        [
-            "rung",
-            "state",
-            "parameters",
-            "tokens",
-            "validation loss",
-            "predicted",
-            "bits/byte",
-            "tokens/s",
-            "hours",
-        ]
-    ]
+    rows = [["rung", "state", "params", "tokens", "val loss", "predicted", "bits/byte", "tokens/s", "hours"]]
     for rung in content["rungs"]:
         result, prediction = rung["result"] or {}, rung["prediction"]
-        predicted = _NOT_YET
+        predicted = ""
         if prediction is not None:
             predicted = "not predicted"
             if "loss" in prediction:
@@ -106,22 +93,23 @@ def rung_rows(content: Row) -> list[list[str]]:
 
 
 def gate_rows(content: Row) -> list[list[str]]:
-    """A header, and a row for each gate of each rung."""
-    rows = [["rung", "gate", "", "measured", "threshold"]]
+    """A header, and a row for each gate that has been judged, or left out, of each rung."""
+    rows = [["rung", "gate", "", "measured", "threshold", "why", "look at"]]
     for rung in content["rungs"]:
-        judged = {gate["gate"]: gate for gate in rung["gates"]}
-        for name in GATES:
-            if name in judged:
-                gate = judged[name]
-                rows.append([rung["name"], name, gate["status"], gate["measured"], gate["threshold"]])
-            elif rung["gates"]:
-                rows.append([rung["name"], name, _NOT_YET, "", ""])
+        for gate in rung["gates"]:
+            rows.append(
+                [
+                    *(rung["name"], gate["gate"], gate["status"], gate["measured"], gate["threshold"]),
+                    *(gate["why"], gate["look_at"] or ""),
+                ]
+            )
     return rows
 
 
 def print_report(content: Row, console: Console) -> None:
-    """Both tables, and where the report lies."""
-    for rows in (rung_rows(content), gate_rows(content)):
+    """Both tables, without what only the report has room for, and where that lies."""
+    gates = [row[:5] for row in gate_rows(content)]
+    for rows in (rung_rows(content), gates):
         table = Table(box=None, pad_edge=False, header_style="")
         for title in rows[0]:
             table.add_column(title, overflow="fold")
@@ -150,8 +138,6 @@ def markdown(content: Row, file: LadderFile) -> str:
         elif rung["prediction"] is not None and "not_predicted" in rung["prediction"]:
             parts.append(f"{rung['name']}: {rung['prediction']['not_predicted']}.\n")
     parts += ["## Gates\n", _table(gate_rows(content))]
-    parts.append("## Why these thresholds, and where to look when one is not met\n")
-    parts.append(_table([["gate", "why", "look at"], *([name, WHY[name], LOOK[name]] for name in GATES)]))
     return "\n".join(parts)
 
 

@@ -1163,6 +1163,59 @@ def report(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's YAML file.", show_default=False)],
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the trials, whether they fit and what they take; do nothing."),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the metric over each key: .png, .svg or .pdf"),
+    ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--for", metavar="CONFIG", help="Scale the winner for this run, each key by a rule that is named."
+        ),
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Take trials that failed (not: diverged) up again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train many small runs with some keys varied, and say which values were best.
+
+    \b
+    albor sweep configs/sweep-lr.yaml --dry-run
+    albor sweep configs/sweep-lr.yaml --plot sweep.png
+    albor sweep configs/sweep-lr.yaml --for configs/pretrain-50m.yaml
+    albor sweep configs/sweep-lr.yaml --json > sweep.json
+
+    grid, random, tpe or halving, over any key of the run's file. Each trial is a
+    run of its own in RUNS_DIR/NAME/. One that diverges or fails is shown as such,
+    and the others go on. Ctrl-C (exit code 75), a crash or a power cut does no
+    harm: the same command goes on, bit for bit. When all is done it prints the
+    report again. docs/sweep.md. Needs pip install 'albor\\[sweep]'.
+
+    Exit code 1: no trial came to a result. 2: the file is wrong, or is another
+    one than the sweep began with. 4: with --dry-run, no trial fits.
+    """
+    from albor.sweep.command import run_dry, run_sweep
+    from albor.train.signals import StopRequest
+
+    console = _console(stderr=as_json)
+    if dry_run:
+        for name, value in {"--plot": plot, "--for": other, "--retry": retry or None}.items():
+            if value is not None:
+                problem = "is for what was trained, and --dry-run trains nothing"
+                raise ConfigError([Problem(name, problem, "leave one of them out", "command line")])
+        raise typer.Exit(run_dry(file, console, json_wanted=as_json))
+    with StopRequest() as stop:
+        run_sweep(file, console, stop, json_wanted=as_json, plot=plot, other=other, retry=retry)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors that complete and check YAML.
 

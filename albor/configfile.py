@@ -16,7 +16,7 @@ import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -358,7 +358,9 @@ def _fields(root: type[Section], path: KeyPath, kind: str = "") -> dict[str, Fie
         return _SOURCE_TYPES[kind].model_fields
     annotation: Any = root
     for step in path:
-        if isinstance(step, str):
+        if get_origin(annotation) is dict:  # whose keys are anybody's
+            annotation = get_args(annotation)[1]
+        elif isinstance(step, str):
             field = _section_in(annotation).get(step)
             annotation = None if field is None else field.annotation
     return _section_in(annotation)

@@ -56,11 +56,11 @@ PLACES: dict[str, tuple[Literal["cpu", "gpu"], ...]] = {
     "auto": ("cpu", "gpu"),
 }
 
-# A ladder names the configuration that its rungs begin with.
+# Ladders and sweeps name the configurations that they begin with.
 SHIPPED = [
     str(path.relative_to(ROOT))
     for path in sorted(ROOT.glob("configs/*.yaml"))
-    if not path.name.startswith("ladder")
+    if "\nmodel:" in path.read_text()
 ]
 # Every kernel runs in one of these or in a shipped configuration: other options, at a head width of 128; and
 # rows that RMSNorm does not hold in registers.

@@ -40,6 +40,7 @@ COLOURS = {  # from the bottom of a bar to its top
 }
 FORMATS = ("png", "svg", "pdf")
 _MARK = "albor vram-estimate"  # in the file's metadata: what says that a picture is albor's own
+_MARKS = (_MARK, "albor sweep")
 _SEARCHED = 65536  # bytes at both ends of a file in which the mark stands
 # Where bars are far higher than the line, or the line than the bars, only the lower is shown whole.
 _HIGHEST_BAR, _HIGHEST_LINE = 1.6, 4.0
@@ -79,17 +80,18 @@ def _is_ours(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(_SEARCHED)
         file.seek(max(0, os.fstat(file.fileno()).st_size - _SEARCHED))
-        return _MARK.encode() in start + file.read()
+        content = start + file.read()
+        return any(mark.encode() in content for mark in _MARKS)
 
 
 def plot_sweep(sweep: Sweep, path: Path) -> None:
     """Draws the bars of `sweep` to the file at `path`. Raises AlborError where it cannot be written."""
-    _save(lambda: draw_sweep(sweep), path)
+    save_picture(lambda: draw_sweep(sweep), path)
 
 
 def plot_phases(estimate: Estimate, path: Path) -> None:
     """Draws what `estimate` holds, phase by phase, to the file at `path`; raises like `plot_sweep`."""
-    _save(lambda: draw_phases(estimate), path)
+    save_picture(lambda: draw_phases(estimate), path)
 
 
 def parts_of(estimate: Estimate) -> dict[str, int]:
@@ -285,19 +287,21 @@ def _paper() -> dict[str, object]:
     return {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 
 
-def _save(draw: Callable[[], Figure], path: Path) -> None:
+def save_picture(draw: Callable[[], Figure], path: Path, mark: str = _MARK) -> None:
+    """Writes what `draw` draws to `path`, marked as albor's. Raises AlborError where it cannot be written."""
+    assert mark in _MARKS, f"{mark} would not be known again"
     import matplotlib.style
 
     kind = path.suffix.lower().removeprefix(".")
     # No date: the same estimate draws the same bytes.
     metadata = {
-        "png": {"Software": _MARK},
-        "svg": {"Creator": _MARK, "Date": None},
-        "pdf": {"Creator": _MARK, "CreationDate": None},
+        "png": {"Software": mark},
+        "svg": {"Creator": mark, "Date": None},
+        "pdf": {"Creator": mark, "CreationDate": None},
     }[kind]
     content = io.BytesIO()
     # Whatever the user's own style is; and a dollar sign in a name is no formula.
-    with matplotlib.style.context(["default", {"svg.hashsalt": _MARK, "text.parse_math": False}]):
+    with matplotlib.style.context(["default", {"svg.hashsalt": mark, "text.parse_math": False}]):
         draw().savefig(content, format=kind, metadata=metadata)
     try:
         replace_file(path, content.getvalue())

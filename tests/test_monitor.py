@@ -26,8 +26,11 @@ from monitor_cases import EVENTS, ROWS, event, row, write_run
 from run_cases import ENVIRONMENT, bits, call, tree
 from textual.widgets import Static
 
+from albor.monitor import attach
 from albor.monitor.app import Monitor
 from albor.monitor.attach import Attachment, Gone, find_target
+from albor.runs.follow import Follower
+from albor.runs.owner import LOCK, write_owner
 
 SIZES = ((200, 50), (100, 30), (60, 15))
 COLOUR = re.compile(rb"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
@@ -44,8 +47,6 @@ def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def begin(directory: Path, **others: Any) -> Path:
     """A run that this process trains, as far as its directory says."""
-    from albor.runs.owner import LOCK, write_owner
-
     run = write_run(directory, events=EVENTS, **others)
     handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT)
     write_owner(handle)
@@ -113,6 +114,28 @@ def test_a_run_that_has_not_begun_is_waited_for():
     with open("runs/later/metrics.jsonl", "a") as file:
         file.write(json.dumps(row(4)) + "\n" + '{"step": 5, "tok')
     assert attachment.poll().step == 4
+
+
+@pytest.mark.parametrize("piece", [1, 700, 3000])
+def test_a_long_log_is_read_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch):
+    run = write_run(Path("runs/x"))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("not a row\n" + json.dumps(row(11)) + '\n{"step": 12, ')
+    first = Follower(run, piece).poll()
+    assert first.more
+    assert 0 < len(first.rows) < len(ROWS)
+    whole = Attachment(run).poll()
+    monkeypatch.setattr(attach, "_PIECE", piece)
+    attachment = Attachment(run)
+    seen = attachment.poll()
+    assert seen.step == 11
+    assert seen.events == whole.events
+    assert seen.problems == whole.problems
+    assert seen.charts["loss"].curves[0].values.tolist() == whole.charts["loss"].curves[0].values.tolist()
+    assert attachment.poll().revision == seen.revision, "there is nothing more"
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('"tokens": 1152}\n')
+    assert attachment.poll().step == 12
 
 
 def test_a_damaged_run_is_shown_as_far_as_it_can_be_read():

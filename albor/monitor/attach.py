@@ -18,6 +18,7 @@ from albor.runs.state import State, last_written, standing, state_of
 
 GROUPS = {"ladder.json": "ladder", "sweep.json": "sweep"}  # what a directory of runs holds beside them
 _LISTED = 8
+_PIECE = 2**22  # bytes of a log that are parsed at a time: of a long run's it would be gigabytes
 _SECONDS_BETWEEN_SEARCHES = 5.0  # for the current rung or trial
 _DESCRIPTION = (CONFIG, "plan.json", "env.json")
 
@@ -76,7 +77,7 @@ class Attachment:
 
     def _open(self, directory: Path) -> None:
         self.directory = directory
-        self._follower, self._history = Follower(directory), History()
+        self._follower, self._history = Follower(directory, _PIECE), History()
         self._run = _as_run(directory)
         self._described: tuple[int, ...] = ()
         self._bad_lines = 0
@@ -95,9 +96,12 @@ class Attachment:
             return build_view(self._history, self._subject(State.NEW, "there is no such directory yet"), now)
         self._seen = True
         self._choose(now)
-        update = self._follower.poll()
-        self._bad_lines = update.bad_lines + (0 if update.rows_anew else self._bad_lines)
-        self._history.take(update)
+        more = True
+        while more:
+            update = self._follower.poll()
+            self._bad_lines = update.bad_lines + (0 if update.rows_anew else self._bad_lines)
+            self._history.take(update)
+            more = update.more
         self._refresh()
         found = standing(self._run)
         return build_view(self._history, self._subject(found.state, found.reason), now)

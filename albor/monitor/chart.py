@@ -46,7 +46,7 @@ def draw(
     if high - low <= max(1e-9 * max(abs(high), abs(low)), _TINY):  # a flat line lies in the middle
         margin = 0.5 if logarithmic else abs(high) * 0.05 or 0.5
         low, high = low - margin, high + margin
-    ticks = (_log_ticks if logarithmic else _ticks)(low, high, max(2, height // 3))
+    ticks = (_log_ticks if logarithmic else _ticks)(low, high, max(3, height // 3))
 
     plotext.clear_figure()
     plotext.theme("clear")

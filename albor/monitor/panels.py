@@ -189,8 +189,10 @@ def alerts(view: View, width: int, height: int) -> Text:
     """The rules that have held, those that still do first, and what is wrong with the run's files."""
     lines = []
     for alert in view.alerts:
-        step = "" if alert.step is None else f" since step {alert.step}"
-        state = Text(f" holds{step}", "bold red") if alert.holds else Text(f" held{step}, and is over", "dim")
+        step = "" if alert.step is None else f" step {alert.step}"
+        state = Text(f" holds{step and ' since' + step}", "bold red")
+        if not alert.holds:
+            state = Text(f" held{step and ' at' + step}, and is over", "dim")
         lines.append(Text.assemble(alert.rule, state, f" ({alert.values})" if alert.values else ""))
     lines += [Text(problem, "yellow") for problem in view.problems]
     return _lines(lines[:height], width)
@@ -264,6 +266,7 @@ def _heat(
             for n in range(0, len(row), size)
         ]
     each = max(1, min(4, room // len(row)))
+    most = 8 * tall - (2 if tall > 1 else 0)  # the tallest leaves a gap to the row above
     lines = []
     for level in range(tall - 1, -1, -1):
         text = ""
@@ -273,7 +276,7 @@ def _heat(
             elif not math.isfinite(value) or value <= 0:
                 mark = "!" if level == 0 else " "
             else:
-                eighths = 1 + round((math.log(value) - low) / (high - low) * (8 * tall - 1))
+                eighths = 1 + round((math.log(value) - low) / (high - low) * (most - 1))
                 mark = bars[max(0, min(8, eighths - 8 * level))]
             text += mark * (each - (each > 1)) + " " * (each > 1)
         lines.append(Text.assemble((f"{label if level == 0 else '':<10}", "dim"), (text, "cyan")))

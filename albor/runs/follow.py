@@ -20,7 +20,7 @@ _REMEMBERED = 256  # bytes before the place where reading goes on; a row holds i
 @dataclass(frozen=True)
 class Update:
     """What is new. Where `rows_anew`, `rows` are all of them, and those of earlier updates are void; likewise
-    `events_anew`. `bad_lines` counts whole lines that were no rows.
+    `events_anew`. `bad_lines` counts whole lines that were no rows; `more`: there is more to read at once.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -28,14 +28,18 @@ class Update:
     rows_anew: bool = False
     events_anew: bool = False
     bad_lines: int = 0
+    more: bool = False
 
 
 class Follower:
-    """Reads a run's metrics.jsonl and events.jsonl as they come; either may not be there yet."""
+    """Reads a run's metrics.jsonl and events.jsonl as they come; either may not be there yet.
 
-    def __init__(self, directory: Path):
-        self._metrics = Tail(Path(directory) / METRICS)
-        self._events = Tail(Path(directory) / EVENTS)
+    With `most_bytes` no update holds more of a log than that, rounded up to a line.
+    """
+
+    def __init__(self, directory: Path, most_bytes: int | None = None):
+        self._metrics = Tail(Path(directory) / METRICS, most_bytes)
+        self._events = Tail(Path(directory) / EVENTS, most_bytes)
 
     def poll(self) -> Update:
         """What was added since the last call; at the first, everything. Never raises for what it finds."""
@@ -45,22 +49,23 @@ class Follower:
         told = [event for event in events if isinstance(event.get("event"), str)]
         bad = self._metrics.bad_lines + self._events.bad_lines
         bad += len(rows) - len(good) + len(events) - len(told)
-        return Update(good, told, rows_anew, events_anew, bad)
+        return Update(good, told, rows_anew, events_anew, bad, self._metrics.more or self._events.more)
 
 
 class Tail:
     """One log. A line counts once it is whole; what it holds half of is left for the next poll."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, most_bytes: int | None = None):
+        self._path, self._most = path, most_bytes
         self._seen: tuple[int, int, int, int] | None = None  # device, inode, size, time of the last look
         self._offset = 0
         self._before = b""  # the bytes before the offset
         self.bad_lines = 0  # of the last poll
+        self.more = False  # whether the last poll left whole lines
 
     def poll(self) -> tuple[list[dict[str, Any]], bool]:
         """The new rows, and whether the log begins anew with them."""
-        self.bad_lines = 0
+        self.bad_lines, self.more = 0, False
         try:
             status = os.stat(self._path)
             seen = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -75,7 +80,7 @@ class Tail:
             return [], gone
         except OSError:  # of a network, perhaps: the next poll tries again
             return [], False
-        self._seen = seen
+        self._seen = (*seen[:2], -1, -1) if self.more else seen  # so that the next poll looks
         rows = []
         for line in content.split(b"\n"):
             row = parse_row(line)
@@ -97,8 +102,12 @@ class Tail:
         if anew:
             self._offset, self._before = 0, b""
         content = bytearray()
-        while part := os.pread(handle, 2**20, self._offset + len(content)):
+        size = 2**20 if self._most is None else min(2**20, self._most)
+        while part := os.pread(handle, size, self._offset + len(content)):
             content += part
+            if self._most is not None and len(content) >= self._most and b"\n" in content:
+                self.more = True
+                break
         del content[content.rfind(b"\n") + 1 :]
         self._offset += len(content)
         self._before = (self._before + content[-_REMEMBERED:])[-_REMEMBERED:]

@@ -373,6 +373,52 @@ def verify_resume(
     raise typer.Exit(0 if found.identical else 1)
 
 
+@app.command()
+def ladder(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The ladder's YAML file.", show_default=False)],
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUNG", help="Begin with this rung, whatever those below have shown."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what every rung will take: tokens, memory, hours, disk."),
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --dry-run: on this card, which need not be here."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train small before large: runs that grow, and gates between them that each has to pass.
+
+    \b
+    albor ladder configs/ladder.yaml
+    albor ladder configs/ladder.yaml --dry-run --gpu H100
+    albor ladder configs/ladder-cpu.yaml
+    albor ladder configs/ladder.yaml --from 125m
+
+    A gate that fails ends the ladder and says what to look at. Ctrl-C, a crash or
+    a power cut does no harm: the same command goes on where the ladder was. What
+    has been trained is not trained again, and what has passed is not judged
+    again. docs/ladder.md explains the gates; all of it lies in
+    RUNS_DIR/NAME/ladder.md and ladder.json.
+
+    Exit code 1: a gate failed. 2: the file is wrong, or a rung that has been
+    trained was changed. 4: a rung does not fit this machine, and none was
+    started. Others are those of the rung that ended the ladder.
+    """
+    from albor.ladder.command import run_dry, run_ladder
+
+    console = _console(stderr=as_json)
+    if gpu is not None and not dry_run:
+        problem = "asks about a card, and rungs train on the one that is here"
+        raise ConfigError([Problem("--gpu", problem, "add --dry-run, or leave it out", "command line")])
+    if dry_run:
+        raise typer.Exit(run_dry(file, gpu, console, print_json=as_json))
+    run_ladder(file, start, console, print_json=as_json)
+
+
 @data_app.command("prepare")
 def data_prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train the tokenizer and tokenise every source, as `albor train` would; a second call finds it done.
@@ -1216,17 +1262,26 @@ def sweep(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    of_ladder: Annotated[bool, typer.Option("--ladder", help="Of a ladder's file instead.")] = False,
+    of_sweep: Annotated[bool, typer.Option("--sweep", help="Of a sweep's file instead.")] = False,
+) -> None:
     """Print the JSON schema of the configuration, for editors that complete and check YAML.
 
     \b
     albor schema > albor.schema.json
+    albor schema --ladder > ladder.schema.json
+    albor schema --sweep > sweep.schema.json
 
     The first line of a YAML file then is # yaml-language-server:
     $schema=albor.schema.json
     """
-    from albor.configfile import schema as build
-
+    if of_ladder:
+        from albor.ladder.file import schema as build
+    elif of_sweep:
+        from albor.sweep.file import schema as build
+    else:
+        from albor.configfile import schema as build
     print(json.dumps(build(), indent=2))
 
 

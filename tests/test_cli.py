@@ -27,6 +27,8 @@ import albor as package
 from albor.cli import app, main
 from albor.configfile import load_config
 from albor.data.tokenizer import Tokenizer
+from albor.ladder.file import load_ladder
+from albor.sweep.file import load_sweep
 
 ROOT = Path(__file__).parents[1]
 MALFORMED = sorted((ROOT / "tests" / "configs_malformed").glob("*.yaml"))
@@ -82,7 +84,9 @@ def test_help_shows_examples_that_can_be_copied(names: tuple[str, ...], doc: str
         words = shlex.split(example.partition(" > ")[0].rpartition("| ")[2])
         assert words[: 1 + len(names)] == ["albor", *names]
         if files := [word for word in words if word.startswith("configs/")]:
-            load_config(ROOT / files[0], [word for word in words if re.match(r"[a-z_.]+=", word)])
+            overrides = [word for word in words if re.match(r"[a-z_.]+=", word)]
+            load = {"ladder": load_ladder, "sweep": load_sweep}.get(words[1])
+            load(ROOT / files[0]) if load else load_config(ROOT / files[0], overrides)
 
 
 def test_version():

@@ -51,7 +51,7 @@ ROWS = (
     ("train.rehearsal", "train.run_directory", "train.saved", "train.session", "train.saver", "train.spikes",
         "train.divergence", "train.memory_record", "train.loop", "train.run",
         "train.verify_resume", "canary"),
-    ("doctor", "calibrate", "monitor", "serve", "sweep"),
+    ("doctor", "calibrate", "monitor", "serve", "sweep", "ladder"),
     ("bench",),
     ("cli", "child", "__main__"),
 )  # fmt: skip
@@ -76,7 +76,8 @@ WITHOUT_TORCH = (
     "memory.host", "memory.pytorch", "memory.calibration", "memory.outside", "memory.devices",
     "memory.suggest", "memory.speed", "memory.measured", "memory.cost", "memory.fit", "memory.fit_report",
     "memory.estimate", "memory.sweep", "memory.plot", "memory.report",
-    "memory.sweep_report", "memory.process", "memory.audit", "ladder.predict", "doctor.report",
+    "memory.sweep_report", "memory.process", "memory.audit", "ladder.predict", "ladder.file",
+    "ladder.dry_run", "ladder.gates", "ladder.command", "doctor.report",
     "monitor.command", "monitor.snapshot", "monitor.app", "sweep.command",
     "report.command", "cli",
 )  # fmt: skip

@@ -194,10 +194,36 @@ def test_a_text(fresh: Path, tmp_path: Path):
     text.write_text("the model reads text\n" * 40)
     result = call("eval", fresh, "--text", text, "--stride", 50)
     assert result.code == 0, result.err
-    stored = json.loads((fresh / "eval" / "text-a text-step-00000002.json").read_text())
+    (path,) = (fresh / "eval").glob("text-a text-*-step-00000002.json")
+    stored = json.loads(path.read_text())
+    assert path.name.startswith(f"text-a text-{stored['text']['sha256'][:8]}-")
     assert stored["text"]["bytes"] == 840
     assert stored["text"]["stride"] == 50
     assert f"bits per byte  {stored['text']['bits_per_byte']:.4f}" in result.out
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "a text.txt"
+    other.write_text("another text of the same name\n" * 9)
+    assert call("eval", fresh, "--text", other).code == 0
+    assert json.loads(path.read_text()) == stored
+    assert len(list((fresh / "eval").glob("text-*.json"))) == 2
+
+
+def test_ctrl_c_in_a_text_does_not_promise_to_go_on(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = tmp_path / "text.txt"
+    text.write_text("the model reads text\n" * 400)
+    scored = Scorer.score_rows
+
+    def interrupted(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return scored(*given)
+
+    monkeypatch.setattr(Scorer, "score_rows", interrupted)
+    result = call("eval", fresh, "--text", text, "--stride", 1)
+    assert result.code == 75
+    assert "stopped by SIGINT; a text is scored from its beginning" in result.err
+    assert not list((fresh / "eval").glob("text-*"))
 
 
 def test_a_checkpoint_of_its_own_has_its_results_beside_it(fresh: Path, data: Path, tmp_path: Path):
@@ -223,6 +249,14 @@ def test_a_checkpoint_of_its_own_has_its_results_beside_it(fresh: Path, data: Pa
         (("--tasks", "piqa,mbpp"), "mbpp runs programs that the model writes"),
         (("--tasks", "mbpp", "--samples", 5, "--temperature", 0), "all 5 samples would be the same program"),
         (("--tasks", "piqa", "--data", "/nonexistent"), "--data: /nonexistent holds no oe_eval_tasks"),
+        (("--tasks", "piqa", "--stride", 9), "--stride: belongs to --text; leave it out"),
+        (("--tasks", "piqa", "--samples", 9), "--samples: belongs to humaneval and mbpp"),
+        (("--tasks", "piqa", "--temperature", 0.2), "--temperature: belongs to humaneval and mbpp"),
+        (("--text", "x", "--limit", 9), "--limit: belongs to --tasks; leave it out"),
+        (("--text", "x", "--data", "d"), "--data: belongs to --tasks"),
+        (("--text", "x", "--through", "lm-eval"), "--through: belongs to --tasks"),
+        (("--tasks", "mmlu", "--through", "lm-eval", "--data", "d"), "--data: is not read by lm-eval"),
+        (("--tasks", "humaneval", "--through", "lm-eval", "--samples", 9), "--samples: belongs to humaneval"),
     ],
 )
 def test_what_means_nothing_is_refused_at_once(

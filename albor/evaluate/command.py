@@ -63,6 +63,7 @@ def run_eval(request: Request, console: Console) -> dict[str, Any]:
     if (request.tasks is None) == (request.text is None):
         problem = "give --tasks or --text" if request.tasks is None else "tasks and a text are asked for"
         raise ConfigError([Problem("--tasks", problem, "use one of them at a time", "command line")])
+    _check_options(request)
     began = time.perf_counter()
     with explained("evaluate fewer tokens at a time (--batch-tokens), or on a larger machine"):
         if request.text is not None:
@@ -96,10 +97,31 @@ def run_eval(request: Request, console: Console) -> dict[str, Any]:
     return results
 
 
+def _check_options(request: Request) -> None:
+    """Raises ConfigError for options that would change nothing: whoever gives one expects that it does."""
+    text, through = request.text is not None, request.through_lm_eval
+    writes = (
+        not text and not through and any(name.strip() in CODE for name in (request.tasks or "").split(","))
+    )
+    of_tasks, of_programs = "belongs to --tasks", "belongs to humaneval and mbpp"
+    given = (
+        ("--through", text and through, of_tasks),
+        ("--limit", text and request.limit is not None, of_tasks),
+        ("--data", text and request.data is not None, of_tasks),
+        ("--data", through and request.data is not None, "is not read by lm-eval"),
+        ("--stride", not text and request.stride is not None, "belongs to --text"),
+        ("--samples", not writes and request.samples != 1, of_programs),
+        ("--temperature", not writes and request.temperature is not None, of_programs),
+    )
+    problems = [Problem(key, what, "leave it out", "command line") for key, wrong, what in given if wrong]
+    if problems:
+        raise ConfigError(problems)
+
+
 def _evaluate_text(request: Request, text: Path, console: Console) -> tuple[str, dict[str, Any], Opened]:
     content = read_text(text)
     opened = open_model(request.run, request.device, request.dtype, request.batch_tokens)
-    with show_counts(console) as report, Stop() as stop:
+    with show_counts(console) as report, Stop("a text is scored from its beginning") as stop:
 
         def on_window(done: int, total: int) -> None:
             report(f"{text.name}, tokens", done, total)
@@ -118,7 +140,7 @@ def _evaluate_text(request: Request, text: Path, console: Console) -> tuple[str,
             "bits_per_byte": score.bits_per_byte,
         }
     }
-    return f"text-{text.stem}", found, opened
+    return f"text-{text.stem}-{score.sha256[:8]}", found, opened  # another text of that name: another file
 
 
 def _evaluate_tasks(request: Request, console: Console) -> tuple[str, dict[str, Any], Opened]:
@@ -139,7 +161,8 @@ def _evaluate_tasks(request: Request, console: Console) -> tuple[str, dict[str, 
     opened = open_model(request.run, request.device, request.dtype, request.batch_tokens)
     scorer = Scorer(opened.loaded)
     results: dict[str, Any] = {}
-    with show_counts(console) as report, Stop() as stop:
+    kept = "what is scored is kept, and the same command goes on from it"
+    with show_counts(console) as report, Stop(kept) as stop:
         for name in names:
 
             def progress(done: int, total: int, name: str = name) -> None:

@@ -15,9 +15,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """While entered, signals wait for `check`, which is called between batches. Ignored ones stay ignored."""
+    """While entered, signals wait for `check`, which is called between batches. Ignored ones stay ignored.
 
-    def __init__(self) -> None:
+    `next_time` says what the same command will do.
+    """
+
+    def __init__(self, next_time: str) -> None:
+        self._next_time = next_time
         self._reason: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -36,9 +40,7 @@ class Stop:
     def check(self) -> None:
         """Raises Interrupted if a signal has come; what was computed before is stored."""
         if self._reason is not None:
-            raise Interrupted(
-                f"stopped by {self._reason}; what is scored is kept, and the same command goes on from it"
-            )
+            raise Interrupted(f"stopped by {self._reason}; {self._next_time}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._reason is not None:

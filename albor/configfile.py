@@ -63,7 +63,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     document = read_file(path, "give at least name, model and train")
     for override in overrides:
-        _apply_override(document, override)
+        apply_override(document, override)
 
     config, broken = _validate(document)
     for problem in [*check_algebra(config), *check_alerts(config)]:
@@ -154,7 +154,8 @@ def _read_text(path: Path) -> str:
     raise ConfigError([Problem("", message, remedy, f"{path}{line}")])
 
 
-def _apply_override(document: Document, override: str) -> None:
+def apply_override(document: Document, override: str) -> None:
+    """Replaces a key of `document` by KEY=VALUE; what is wrong with that is added to its problems."""
     match = _OVERRIDE.fullmatch(override)
     if match is None:
         message = f"{override!r} is not an override"

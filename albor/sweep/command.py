@@ -79,6 +79,7 @@ def run_sweep(
             _take_up_again(record)
         stop.defer()
         runner = Runner(file, record, stop, say)
+        runner.draw()
         check_parallel(file, record.trials)
         runner.run()
     trials, rounds = record.trials, runner.rounds

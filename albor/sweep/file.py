@@ -16,13 +16,14 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from albor.config import RunConfig, Section, Text
-from albor.configfile import load_config, read_file, refused, validate_as
+from albor.configfile import apply_override, load_config, read_file, refused, validate_as
 from albor.errors import ConfigError, Problem
 from albor.metric_names import metric_names
 from albor.units import Count, CountOrZero
@@ -154,7 +155,12 @@ class SweepFile:
 
     def config_with(self, values: Mapping[str, Any]) -> RunConfig:
         """That run. Raises ConfigError where its values do not go together."""
-        return load_config(self.config_path, self.arguments(values))
+        return _load(self.config_path, tuple(self.arguments(values)))
+
+
+@lru_cache(maxsize=1024)  # a trial is asked for many times
+def _load(path: Path, arguments: tuple[str, ...]) -> RunConfig:
+    return load_config(path, arguments)
 
 
 def load_sweep(path: Path) -> SweepFile:
@@ -283,12 +289,11 @@ def _check_keys(document: Document, path: Path, sweep: Sweep) -> None:
 
 
 def _wrong(file: Path, sweep: Sweep, key: str, value: Any) -> Problem | None:
-    try:
-        load_config(file, [*sweep.overrides, f"{key}={json.dumps(value)}"])
-    except ConfigError as error:
-        alone = [one for one in error.problems if one.where == COMMAND_LINE and not one.related]
-        return next(iter(alone), None)
-    return None
+    document = read_file(file, "")
+    for override in (*sweep.overrides, f"{key}={json.dumps(value)}"):
+        apply_override(document, override)
+    validate_as(document, RunConfig)
+    return next((problem for problem in document.problems if problem.where == COMMAND_LINE), None)
 
 
 def _check_method(document: Document, sweep: Sweep, base: RunConfig) -> None:

@@ -96,12 +96,16 @@ class Runner:
 
     def run(self) -> None:
         """Returns when all is done. Raises Interrupted after a signal."""
-        if self.file.sweep.method != "tpe":
-            self._draw_up_to(trial_count(self.file.sweep))
+        self.draw()
         for current in self.rounds:
             if len(self.rounds) > 1:
                 self._say(f"round {current.number} of {len(self.rounds)}")
             self._run_round(current)
+
+    def draw(self) -> None:
+        """All trials; of tpe the first, for others need its result."""
+        tpe = self.file.sweep.method == "tpe"
+        self._draw_up_to(1 if tpe else trial_count(self.file.sweep))
 
     def _draw_up_to(self, count: int) -> None:
         trials = self.record.trials

@@ -117,6 +117,10 @@ def test_what_is_no_run_is_refused_with_what_it_is(tmp_path: Path):
 def test_runs_are_found_below_a_directory_in_the_order_of_their_starts(tmp_path: Path):
     write_run(tmp_path / "b", began=BEGAN.replace(hour=13))
     write_run(tmp_path / "ladder" / "b", began=BEGAN.replace(hour=11))
+    (tmp_path / "ladder" / LOCK).touch()  # that of the ladder, which is no run
+    (tmp_path / "ladder" / "ladder.json").touch()
+    (tmp_path / "preparing").mkdir()
+    (tmp_path / "preparing" / LOCK).touch()
     write_run(tmp_path / "x" / "y" / "z")
     write_run(tmp_path / "x" / "y" / "w" / "too deep")
     write_run(tmp_path / ".verify-resume-1" / "hidden")
@@ -124,7 +128,9 @@ def test_runs_are_found_below_a_directory_in_the_order_of_their_starts(tmp_path:
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "notes.txt").write_text("")
     found = [str(run.directory.relative_to(tmp_path)) for run in find_runs(tmp_path)]
-    assert found == ["ladder/b", "x/y/z", "b"]
+    assert found == ["preparing", "ladder/b", "x/y/z", "b"]
+    (tmp_path / "ladder" / "ladder.json").unlink()
+    assert len(find_runs(tmp_path)) == 4
     assert [run.name for run in find_runs(tmp_path / "b")] == ["b"]
     assert find_runs(tmp_path / "none") == []
 

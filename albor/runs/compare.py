@@ -214,11 +214,12 @@ def _at_the_end(runs: Sequence[Details], unfair: Mapping[str, bool], other_end: 
 def _result(name: str, values: Sequence[float | None], form: Any, sign: int) -> Result:
     """`sign` is +1 where more is better, -1 where less is, 0 where neither is."""
     known = [value * sign for value in values if value is not None and math.isfinite(value)]
-    better = None
-    if sign and len(known) == len(values) and known.count(max(known)) == 1:
-        better = known.index(max(known))
     show_value = (lambda value: format(value, form)) if isinstance(form, str) else form
     shown = tuple("-" if value is None else show_value(value) for value in values)
+    better = None
+    if sign and len(known) == len(values):
+        best = known.index(max(known))
+        better = best if shown.count(shown[best]) == 1 else None  # a difference that is not seen is none
     return Result(name, tuple(values), better, shown)
 
 

@@ -12,13 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from albor.errors import ConfigError, Problem
-from albor.runs.record import DEPTH, find_runs
+from albor.runs.record import DEPTH, GROUPS, find_runs
 from albor.runs.state import State
 from albor.runs.summary import Summary, summarise
 from albor.runs.text import STATE_STYLES, iso_time, local_time, number, printable, show, table
 from albor.units import format_bytes, format_count
-
-KINDS = {"ladder.json": "ladder", "sweep.json": "sweep"}  # what makes the runs in one directory a group
 
 _NONE = float("inf")
 SORTS: dict[str, Callable[[Summary], Any]] = {
@@ -132,7 +130,7 @@ def _table(groups: dict[str, list[Summary]], root: Path, left_out: set[str]) -> 
     for members in groups.values():
         indent, group = "", _group(members[0], root)
         if group:
-            kinds = (kind for file, kind in KINDS.items() if (root / group / file).exists())
+            kinds = (kind for file, kind in GROUPS.items() if (root / group / file).exists())
             kind, count = next(kinds, "directory"), len(members)
             title = f"{printable(group)}/ ({kind}, {count} run{'s' * (count > 1)})"
             rows.append([Text(title, "bold")])

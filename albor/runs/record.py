@@ -28,7 +28,8 @@ CONFIG = "config.resolved.yaml"
 FINAL = "eval/final.json"
 DEPTH = 3  # directories below the root in which runs are looked for: RUNS/LADDER/RUNG
 
-_MARKS = (CONFIG, METRICS, EVENTS, LOCK)  # a directory that holds one of these is a run's
+GROUPS = {"ladder.json": "ladder", "sweep.json": "sweep"}  # what makes the runs in one directory a group
+_MARKS = (CONFIG, METRICS, EVENTS)  # a directory that holds one of these is a run's
 _MOST_PROBLEMS = 10  # lines of one file that are named
 _LONGEST_LINE = 2**16  # of the first event, which is short
 _REMEDY = "give a run directory, such as runs/my-run"
@@ -178,10 +179,15 @@ def find_runs(root: Path) -> list[Run]:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a run has been started in `directory`."""
+    """Whether a run has been started in `directory`. A ladder's or a sweep's is none: it has a lock too."""
     try:
-        return any(os.path.lexists(directory / mark) for mark in _MARKS)
-    except ValueError:  # a NUL in the path
+        if any(os.path.lexists(directory / name) for name in GROUPS):
+            return False
+        if any(os.path.lexists(directory / mark) for mark in _MARKS):
+            return True
+        # One that still prepares its data has a lock, and nothing else yet.
+        return os.path.lexists(directory / LOCK) and os.listdir(directory) == [LOCK]
+    except (OSError, ValueError):  # ValueError: a NUL in the path
         return False
 
 

@@ -147,7 +147,7 @@ def _training(source: Source) -> list[str]:
             f"{ratio:.3g}, which is {share:.1%} of the {CHINCHILLA_TOKENS_PER_PARAMETER} that are "
             "compute-optimal (Chinchilla)",
         ),
-        ("Steps", f"{_steps(step, config.train.max_steps)}, of {config.tokens_per_step:,} tokens each"),
+        ("Steps", f"{_steps(step, config.steps)}, of {config.tokens_per_step:,} tokens each"),
         ("Sequence length", f"{config.data.sequence_length:,}"),
         (
             "Optimizer",

@@ -180,7 +180,7 @@ def run_export(
     formats = find_formats(to)
     with show_progress(console) as report, explained("free memory, or export on a larger machine"):
         source, exports = export(path, formats, out, dtype, model_license, check, report)
-    step, planned = source.state["step"], source.config.train.max_steps
+    step, planned = source.state["step"], source.config.steps
     if step < planned:
         console.out(f"This is step {step:,} of the {planned:,} that the run is to have.", highlight=False)
     for result in exports:

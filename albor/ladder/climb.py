@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -189,7 +189,7 @@ class Climb:
             self._train(planned)
         self._after(planned)
         self._note_result(index)
-        self._end_if_failed(planned)
+        self._end_if_failed(planned, GATES)
 
     def _before(self, planned: Planned) -> None:
         """The gates that need no trained model."""
@@ -216,12 +216,12 @@ class Climb:
             )  # fmt: skip
             self._expect(planned, "albor verify-resume", code, words, (0, 1))
             self._judged(planned, gates.verify_resume(resume, code, found, words))
-        self._end_if_failed(planned)
+        self._end_if_failed(planned, ("canary", "verify_resume"))
 
     def _train(self, planned: Planned) -> None:
         self.state.forget(planned, _AFTER)
         self._judge_unigram(planned, RunLog.read(planned.config, planned.directory))
-        self._end_if_failed(planned)  # what is on the disk has failed: going on would not mend that
+        self._end_if_failed(planned, ("unigram",))  # on the disk already: going on would not mend that
         self._say(f"{planned.name}: training")
         follower, seen = Follower(planned.directory), list[Row]()
 
@@ -241,7 +241,7 @@ class Climb:
             words = child.last_words
         assert code is not None
         self.stop.check()
-        self._end_if_failed(planned)
+        self._end_if_failed(planned, ("unigram",))
         self._expect(planned, "albor train", code, words, (0,))
         if not finished(planned):
             raise AlborError(
@@ -299,8 +299,8 @@ class Climb:
                 result = replace(own, measured=f"{own.measured}; beside another program {why}")
         return result
 
-    def _end_if_failed(self, planned: Planned) -> None:
-        results = [self.state.result(planned, gate) for gate in GATES]
+    def _end_if_failed(self, planned: Planned, names: Sequence[str]) -> None:
+        results = [self.state.result(planned, gate) for gate in names]
         failed = [one for one in results if one is not None and one.status == "failed"]
         if failed:
             lines = [

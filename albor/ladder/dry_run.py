@@ -66,7 +66,11 @@ def _plan(file: LadderFile, planned: Planned, gpu: str | None) -> Row:
 
 
 def _placed(file: LadderFile, planned: Planned, problem: Problem) -> Problem:
-    return file.refuse(planned, problem.key, problem.message, problem.remedy) if problem.key else problem
+    """A problem with the rung's run at its line; one with --gpu stays where it is."""
+    key = problem.key
+    return (
+        problem if not key or key == "--gpu" else file.refuse(planned, key, problem.message, problem.remedy)
+    )
 
 
 def _duration(target: Estimate) -> Duration | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -17,7 +18,6 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,17 @@ def test_without_a_run_in_progress_or_with_several_it_names_them():
     ("file", "kind", "part"), [("ladder.json", "ladder", "rung"), ("sweep.json", "sweep", "trial")]
 )
 def test_of_a_ladder_or_a_sweep_it_is_the_current_run(file: str, kind: str, part: str):
-    write_run(Path("runs/up/first"))
+    Path("runs/up").mkdir(parents=True)
     (Path("runs/up") / file).write_text("{}")
-    now = [1000.0]
-    attachment = Attachment(find_target(Path("runs/up")), clock=lambda: now[0])
-    seen = attachment.poll()
+    with open("runs/up/.lock", "w") as lock:  # a ladder's own
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        now = [1000.0]
+        attachment = Attachment(find_target(Path("runs/up")), clock=lambda: now[0])
+        seen = attachment.poll()
+        assert (seen.state, seen.reason) == ("new", f"no {part} of the {kind} has begun")
+        write_run(Path("runs/up/first"))
+        now[0] += 60
+        seen = attachment.poll()
     assert (seen.name, seen.note, seen.state) == ("first", f"{part} of {kind} up, 1 begun", "finished")
     begin(Path("runs/up/second"), rows=[row(1)])
     now[0] += 60
@@ -358,7 +364,7 @@ class Watching:
 
     def __init__(self, *arguments: object, size: tuple[int, int] = (100, 30), **environment: str):
         self.keyboard, self.side = pty.openpty()
-        ioctl(self.side, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+        fcntl.ioctl(self.side, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         self.before, self.shown = termios.tcgetattr(self.side), b""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "albor", "monitor", *map(str, arguments)],

@@ -206,11 +206,8 @@ class Monitor(App[int]):
             return title, render(view, width, height)
         key, zoom, logarithmic = self.metric, ZOOMS[self.zoom], self.logarithmic
         if name != "large":
-            others = panels.small_charts(view, self.metric)
-            number = int(name[-1]) - 1
-            if number >= len(others):
-                return "", Text("")
-            key, zoom, logarithmic = others[number], 1.0, False
+            key = panels.small_charts(self.metric)[int(name[-1]) - 1]
+            zoom, logarithmic = 1.0, False
         title = panels.chart_title(view, key, zoom=zoom, logarithmic=logarithmic)
         return title, panels.chart(
             view, key, width, height, zoom=zoom, logarithmic=logarithmic, colour=self._colour

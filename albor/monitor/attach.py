@@ -13,10 +13,9 @@ from albor.monitor.history import History
 from albor.monitor.view import Subject, View, build_view
 from albor.runlog import METRICS
 from albor.runs.follow import Follower
-from albor.runs.record import CONFIG, Run, find_runs, is_run, open_run
+from albor.runs.record import CONFIG, GROUPS, Run, find_runs, is_run, open_run
 from albor.runs.state import State, last_written, standing, state_of
 
-GROUPS = {"ladder.json": "ladder", "sweep.json": "sweep"}  # what a directory of runs holds beside them
 _LISTED = 8
 _PIECE = 2**22  # bytes of a log that are parsed at a time: of a long run's it would be gigabytes
 _SECONDS_BETWEEN_SEARCHES = 5.0  # for the current rung or trial
@@ -72,7 +71,7 @@ class Attachment:
         self.target, self._clock = target, clock
         self._seen = target.exists()
         self._searched = -_SECONDS_BETWEEN_SEARCHES
-        self._note = ""
+        self._note = self._waits_for = ""
         self._open(target)
 
     def _open(self, directory: Path) -> None:
@@ -103,6 +102,8 @@ class Attachment:
             self._history.take(update)
             more = update.more
         self._refresh()
+        if self._waits_for:
+            return build_view(self._history, self._subject(State.NEW, self._waits_for), now)
         found = standing(self._run)
         return build_view(self._history, self._subject(found.state, found.reason), now)
 
@@ -112,12 +113,13 @@ class Attachment:
         if kind is None or abs(now - self._searched) < _SECONDS_BETWEEN_SEARCHES:
             return
         self._searched = now
+        part = "rung" if kind == "ladder" else "trial"
         found = sorted(find_runs(self.target), key=lambda run: last_written(run.directory), reverse=True)
+        self._waits_for = "" if found else f"no {part} of the {kind} has begun"
         if not found:
             return
         running = [run for run in found if state_of(run) is State.RUNNING]
         chosen = (running or found)[0].directory
-        part = "rung" if kind == "ladder" else "trial"
         self._note = f"{part} of {kind} {self.target.name}, {len(found)} begun"
         if chosen != self.directory:
             self._open(chosen)
@@ -129,7 +131,7 @@ class Attachment:
             self._described, self._run = times, _as_run(self.directory)
 
     def _subject(self, state: State, reason: str) -> Subject:
-        run, begun = self._run, state is not State.NEW
+        run, begun = self._run, self._history.revision > 0
         problems = list(run.problems) if begun else []
         if self._bad_lines:
             lines = "line" if self._bad_lines == 1 else "lines"

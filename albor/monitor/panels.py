@@ -18,7 +18,11 @@ from albor.monitor.view import BlockNorms, Happening, View
 from albor.units import format_bytes, format_count, format_duration
 
 METRICS = ("loss", "lr", "speed", "mfu", "norm", "bits", "memory")  # in the order of the tab key
-_SMALL = ("loss", "lr", "speed")  # the first two of them that are not the large chart stand beside it
+_SMALL = {
+    "loss": "loss",
+    "lr": "learning rate",
+    "speed": "tokens/s",
+}  # the first two of them that are not the large chart stand beside it
 _STATES = {
     "running": "green", "finished": "bold green", "stopped": "yellow", "diverged": "bold red",
     "failed": "bold red", "lost": "bold red", "new": "cyan",
@@ -37,10 +41,11 @@ def header(view: View, width: int, *, ascii_only: bool = False) -> Text:
     first = [(0, state), (0, Text(view.name, "bold")), (1, reason), (3, Text(view.device, "dim"))]
     if view.note:
         first.insert(2, (2, Text(view.note, "cyan")))
-    numbers = view.numbers
+    numbers, speed = view.numbers, view.numbers.get("train/tokens_per_second")
     waiting = f"no row for {format_duration(view.seconds_since_row)}: evaluating, saving, or stuck"
     second = [
         (1, Text(waiting, "yellow") if view.is_late else None),
+        (1, Text("no row yet") if view.step is None and not view.has_ended else None),
         (0, Text(f"step {_of(view.step, view.steps)}")),
         (2, Text(f"tokens {_count(view.tokens)}/{_count(view.tokens_planned)}")),
         (1, Text(f"elapsed {format_duration(view.elapsed_seconds)}")),
@@ -54,7 +59,7 @@ def header(view: View, width: int, *, ascii_only: bool = False) -> Text:
         (3, _number("bits/byte", numbers.get("val/bits_per_byte"), ".3f")),
         (2, _number("lr", numbers.get("train/lr"), ".1e")),
         (2, _number("norm", numbers.get("train/grad_norm"), ".2f")),
-        (1, Text(f"{format_count(numbers.get('train/tokens_per_second'))} tok/s")),
+        (1, Text(f"{format_count(speed)} tok/s") if speed is not None else None),
         (1, _number("mfu", numbers.get("train/mfu"), ".1%")),
         (4, _number("epoch", numbers.get("train/epoch"), ".2f")),
     ]
@@ -80,7 +85,7 @@ def chart_title(view: View, key: str, *, zoom: float = 1.0, logarithmic: bool = 
     """What a chart shows, with its last value and the curves that are in it."""
     found = view.charts.get(key)
     if found is None:
-        return key
+        return _SMALL.get(key, key)
     title = found.title
     if key == "speed" and "train/tokens_per_second" in view.numbers:
         title += f" {format_count(view.numbers['train/tokens_per_second'])}"
@@ -97,9 +102,9 @@ def chart_title(view: View, key: str, *, zoom: float = 1.0, logarithmic: bool = 
     return title
 
 
-def small_charts(view: View, key: str) -> list[str]:
+def small_charts(key: str) -> list[str]:
     """The two charts that stand beside the one of `key`."""
-    return [name for name in _SMALL if name != key and name in view.charts][:2]
+    return [name for name in _SMALL if name != key][:2]
 
 
 def memory(view: View, width: int, height: int, *, ascii_only: bool = False) -> Text:

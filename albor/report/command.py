@@ -97,9 +97,8 @@ def _check_target(out: Path, force: bool) -> list[Problem]:
         if os.path.lexists(out) and not force and not is_ours(out):
             message, remedy = f"{out} exists, and is no report of albor", "give another name, or --force"
             return [_problem("--out", message, remedy)]
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        return [_problem("--out", f"{out}: {reason}", "give another name")]
+    except OSError as error:
+        return [_problem("--out", f"{out}: {error.strerror or error}", "give another name")]
     return []
 
 

@@ -111,7 +111,7 @@ def gather(run: Run, label: str, runs: int = 1) -> Gathered:
         state=str(stood.state),
         reason=stood.reason,
         headline=_headline(metrics, config, final, hours),
-        span=_span(metrics, where),
+        span=_span(metrics, shown, where),
         series=_all_series(metrics, where, min(_MOST_POINTS, _POINTS // runs), notes),
         heat=_heat(metrics, where, max(24, min(_MOST_COLUMNS, _COLUMNS // runs))),
         events=[_event(shown[place], where) for place in _most_telling(shown, limit)],
@@ -145,10 +145,11 @@ class _Where:
         found = self._tokens(step)
         if found is None and self._tokens_per_step is not None:
             return round(step * self._tokens_per_step)
-        return found
+        return found if step else 0
 
     def hours(self, step: int) -> float | None:
-        found = self._hours.at(step)
+        """Those of its row, and between rows in proportion."""
+        found = self._hours.at(step) if step else 0.0
         return None if found is None else _short(found)
 
 
@@ -156,10 +157,14 @@ def _tokens_in(row: Mapping[str, Any]) -> bool:
     return type(row.get("tokens")) is int
 
 
-def _span(metrics: Metrics, where: _Where) -> dict[str, list[float | None]]:
-    """The first and the last row on each axis."""
-    steps = [metrics.rows[place]["step"] for place in (0, -1)] if metrics.rows else []
-    return {"s": steps, "t": [where.tokens(s) for s in steps], "h": [where.hours(s) for s in steps]}
+def _span(
+    metrics: Metrics, events: Sequence[Mapping[str, Any]], where: _Where
+) -> dict[str, list[float | None]]:
+    """The first and the last step on each axis that anything is known of."""
+    steps = [row["step"] for row in metrics.rows]
+    steps += [event["step"] for event in events if type(event.get("step")) is int]
+    ends = [min(steps), max(steps)] if steps else []
+    return {"s": [*ends], "t": [where.tokens(s) for s in ends], "h": [where.hours(s) for s in ends]}
 
 
 def _short(value: float) -> float:
@@ -198,36 +203,30 @@ def _heat(metrics: Metrics, where: _Where, columns: int) -> dict[str, Any] | Non
     """Gradient norms of the model's groups over the run, from the embedding to the head: the highest in each
     of at most `columns` stretches of rows, null where none in it is finite.
     """
-    groups = [name for name in metrics.names if name.startswith("gradients/")]
+    names: set[str] = set().union(*metrics.rows)
+    groups = [name for name in names if name.startswith("gradients/")]
     rows = [row for row in metrics.rows if any(group in row for group in groups)]
     if not groups or not rows:
         return None
     count = min(columns, len(rows))
     edges = [column * len(rows) // count for column in range(count + 1)]
     last = [rows[end - 1]["step"] for end in edges[1:]]
+    whole = [group for group in groups if "/block_" not in group]  # has no parts, and stands in each picture
     maps: dict[str, dict[str, Any]] = {}
     for part in PARTS:
-        chosen = [group for group in groups if _part_of(group) == part]
-        if part:  # what has no parts stands in each picture
-            chosen = [group for group in groups if _part_of(group) == part or "/block_" not in group]
-        if not any("/block_" in group for group in chosen) and part:
+        blocks = [group for group in groups if group not in whole and _part_of(group) == part]
+        if part and not blocks:
             continue
-        cells = [
-            [_highest(rows[begin:end], group) for begin, end in itertools.pairwise(edges)]
-            for group in _from_the_ground(chosen)
-        ]
+        chosen = _from_the_ground([*whole, *blocks])
         maps[part.removeprefix("/") or "block"] = {
-            "groups": [
-                group.removeprefix("gradients/").removesuffix(part) for group in _from_the_ground(chosen)
-            ],
-            "z": cells,
+            "groups": [group.removeprefix("gradients/").removesuffix(part) for group in chosen],
+            "z": [[_highest(rows[i:j], group) for i, j in itertools.pairwise(edges)] for group in chosen],
         }
     return {
         "s": last,
         "t": [where.tokens(step) for step in last],
         "h": [where.hours(step) for step in last],
         "maps": maps,
-        "rows": len(rows),
     }
 
 
@@ -238,7 +237,7 @@ def _part_of(group: str) -> str:
 def _from_the_ground(groups: Sequence[str]) -> list[str]:
     """The embedding, the blocks in their order, the head."""
     place = {"gradients/embedding": -1, "gradients/head": 1}
-    return sorted(groups, key=lambda group: (place.get(group, 0), group))
+    return sorted(groups, key=lambda group: (place.get(group, 0), len(group), group))
 
 
 def _highest(rows: Sequence[Mapping[str, Any]], group: str) -> float | None:

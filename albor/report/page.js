@@ -512,5 +512,6 @@
     else root.dataset.theme = before;
     repaint();
   });
+  window.alborReport = { drawn: () => busy.then(() => busy) }; // resolves when all that was asked for is drawn
   repaint();
 })();

@@ -64,7 +64,9 @@ class Finding:
 def smoke_test(
     decoder: Decoder, tokenizer: Tokenizer, on_token: Callable[[], None] = lambda: None
 ) -> list[Finding]:
-    """A finding for each of PROMPTS, the same for the same weights. `on_token` is that of `write`."""
+    """A finding for each of PROMPTS, the same for the same weights in the same arithmetic. `on_token` is that
+    of `write`.
+    """
     findings = []
     for index, prompt in enumerate(PROMPTS):
         try:

@@ -68,7 +68,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config, broken = _validate(document)
     for problem in [*check_algebra(config), *check_alerts(config)]:
         keys = (problem.key, *problem.related)
-        if not any(_overlap(key, other) for key in keys for other in broken):
+        if not any(overlap(key, other) for key in keys for other in broken):
             paths = [_path_of(key) for key in keys]
             document.refuse(paths[0], problem.message, problem.remedy, _blame(document, paths))
     if document.problems:
@@ -259,7 +259,7 @@ def _mend(data: Any, path: KeyPath) -> None:
         data = data[step]
 
 
-def _overlap(one: str, other: str) -> bool:
+def overlap(one: str, other: str) -> bool:
     """Whether two dotted keys are the same, or one is a section or a list that holds the other."""
     short, long = sorted((one, other), key=len)
     return long == short or long.startswith((f"{short}.", f"{short}["))

@@ -20,7 +20,7 @@ ROWS = (
         "__init__", "errors", "units", "seeds", "progress", "faults", "strictjson", "alerts", "spikes",
         "durable", "runlog", "build", "parent", "child_process", "filelock", "kernels",
     ),
-    ("yamlcore", "config", "configfile", "architecture", "metric_names", "floor", "gguffile"),
+    ("yamlcore", "config", "configfile", "overrides", "architecture", "metric_names", "floor", "gguffile"),
     ("runs",),
     ("trackers",),
     (

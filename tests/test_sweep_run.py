@@ -278,13 +278,25 @@ def test_the_picture_shows_every_trial(project, fake):
     assert [axes.get_xlabel() for axes in panels] == ["optimizer.lr", "optimizer.betas"]
     for axes in panels:
         points = {one.get_gid(): len(one.get_offsets()) for one in axes.collections}
-        assert points == {None: 4, "best": 1, "lost": 2}
+        assert points == {"trial": 4, "best": 1, "lost": 2}
     best = winner_of(trials, "minimize")
     assert best is not None
     (ring,) = (one for one in panels[0].collections if one.get_gid() == "best")
-    assert ring.get_offsets()[0].tolist() == [best.values["optimizer.lr"], best.metric]
+    assert ring.get_offsets()[0].tolist() == [2, best.metric]  # the last of those listed
+    assert best.values["optimizer.lr"] == 0.02
     assert [label.get_text() for label in panels[1].get_xticklabels()] == ["[0.9, 0.95]", "[0.9, 0.99]"]
     assert [one.number for one in ranked(trials, "minimize")][-2:] == [0, 1]
+
+
+def test_the_rounds_of_a_trial_stand_above_each_other(project, fake):
+    path = write(project, HALVING + "trials: 4\nkeys: {optimizer.lr: {log: [0.001, 0.1]}}")
+    assert call("sweep", path).code == 0
+    file = load_sweep(path)
+    (axes,) = draw_sweep(file.sweep, open_record(file).trials).axes
+    assert axes.get_xscale() == "log"
+    points = {one.get_gid(): len(one.get_offsets()) for one in axes.collections}
+    assert points == {"round 1": 4, "round 2": 2, "round 3": 1, "best": 1}
+    assert sorted(len(line.get_xdata()) for line in axes.lines) == [1, 1, 2, 3]
 
 
 class TestScaling:

@@ -8,7 +8,6 @@ once, what a rung's own file says too. No torch.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -21,11 +20,12 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from albor.config import Fraction, Positive, RunConfig, Section, Text
-from albor.configfile import load_config, read_file, refused, validate_as
-from albor.errors import ConfigError, Problem
+from albor.configfile import overlap, read_file, refused, validate_as
+from albor.errors import Problem
+from albor.overrides import Override, find_file, load_overridden
 from albor.strictjson import to_json
 from albor.units import Count, CountOrZero
-from albor.yamlcore import COMMAND_LINE, Document, KeyPath, dotted
+from albor.yamlcore import Document, KeyPath, dotted
 
 NotNegative = Annotated[float, Field(ge=0)]
 _HORIZON = ("train.max_steps", "train.max_tokens")
@@ -221,19 +221,6 @@ class Ladder(Section):
 
 
 @dataclass(frozen=True)
-class Override:
-    """One KEY=VALUE, and the place in the ladder's file that it comes from."""
-
-    text: str
-    place: KeyPath
-
-    @property
-    def key(self) -> str:
-        """The dotted key; whatever stands before the first = otherwise."""
-        return self.text.partition("=")[0].strip()
-
-
-@dataclass(frozen=True)
 class Planned:
     """A rung, and the run that it comes to."""
 
@@ -275,7 +262,7 @@ class LadderFile:
 
     def refuse(self, planned: Planned, key: str, message: str, remedy: str = "") -> Problem:
         """A problem with a key of a rung's run, at the line of this file that sets it, if one does."""
-        place = next((o.place for o in reversed(planned.overrides) if _overlap(o.key, key)), None)
+        place = next((o.place for o in reversed(planned.overrides) if overlap(o.key, key)), None)
         if place is None:
             index = next(i for i, one in enumerate(self.rungs) if one.name == planned.name)
             place = ("rungs", index, "config")
@@ -383,43 +370,15 @@ def _plan(
             key = "tokens" if rung.tokens else "hours"
             document.refuse(override.place, f"{override.key} is set, and so is {key}", "give one of them")
             budget = ()
-    path = file.parent / rung.config
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [one.name for one in path.parent.glob("*.yaml")], n=1)
-        remedy = f"did you mean {near[0]}?" if near else "the path is relative to this file"
-        document.refuse((*place, "config"), f"{rung.config}: there is no such file", remedy)
+    path = find_file(document, file, rung.config, (*place, "config"))
+    if path is None:
         return None
     ours = (
         Override(f"name={json.dumps(rung.name)}", (*place, "name")),
         Override(f"runs_dir={json.dumps(str(ladder.directory))}", ("runs_dir",)),
     )
     overrides = (*given, *budget, *ours)
-    try:
-        config = load_config(path, [override.text for override in overrides])
-    except ConfigError as error:
-        document.problems += [_placed(document, overrides, problem) for problem in error.problems]
+    config = load_overridden(document, path, overrides)
+    if config is None:
         return None
     return Planned(rung, path, overrides, config, gates)
-
-
-def _placed(document: Document, overrides: Sequence[Override], problem: Problem) -> Problem:
-    """A problem of a rung's run; one with an override at the line of the ladder's file that has it."""
-    if problem.where != COMMAND_LINE:
-        return problem
-    newest = list(reversed(overrides))
-    # A problem between keys stands at the one that a person would change, which may be the file's own: then
-    # its message names the override.
-    own = [o for o in newest if problem.key and _overlap(o.key, problem.key)]
-    named = [o for o in newest if repr(o.text) in problem.message]
-    named += [o for o in newest if o.key not in (*_OURS, "") and o.key in problem.message]
-    if not (found := own + named):
-        return problem
-    place = found[0].place
-    message = f"{problem.key} {problem.message}".strip()
-    return Problem(dotted(place), message, problem.remedy, document.where(place))
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys are the same, or one is a section or a list that holds the other."""
-    short, long = sorted((one, other), key=len)
-    return long == short or long.startswith((f"{short}.", f"{short}["))

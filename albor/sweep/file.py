@@ -24,10 +24,11 @@ from pydantic import Field, ValidationError
 
 from albor.config import RunConfig, Section, Text
 from albor.configfile import apply_override, load_config, read_file, refused, validate_as
-from albor.errors import ConfigError, Problem
+from albor.errors import Problem
 from albor.metric_names import metric_names
+from albor.overrides import Override, find_file, load_overridden
 from albor.units import Count, CountOrZero
-from albor.yamlcore import COMMAND_LINE, Document, KeyPath, dotted
+from albor.yamlcore import COMMAND_LINE, Document, KeyPath
 
 Method = Literal["grid", "random", "tpe", "halving"]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
@@ -240,35 +241,12 @@ def _check_ranges(document: Document, sweep: Sweep) -> None:
 
 
 def _load_base(document: Document, path: Path, sweep: Sweep) -> RunConfig | None:
-    file = path.parent / sweep.config
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [one.name for one in file.parent.glob("*.yaml")], n=1)
-        remedy = f"did you mean {near[0]}?" if near else "the path is relative to this file"
-        document.refuse(("config",), f"{sweep.config}: there is no such file", remedy)
-        return None
-    for index, override in enumerate(sweep.overrides):
-        key = override.partition("=")[0].strip()
-        if key in _OURS:
-            document.refuse(("overrides", index), f"{key} is the sweep's to set", "remove it")
-    try:
-        return load_config(file, sweep.overrides)
-    except ConfigError as error:
-        document.problems += [_placed(document, sweep, problem) for problem in error.problems]
-        return None
-
-
-def _placed(document: Document, sweep: Sweep, problem: Problem) -> Problem:
-    """A problem of the run; one with an override at the line of the sweep's file that has it."""
-    if problem.where != COMMAND_LINE:
-        return problem
-    keys = (problem.key, *problem.related) if problem.key else ()
-    for index, override in reversed(list(enumerate(sweep.overrides))):
-        own = override.partition("=")[0].strip()
-        if repr(override) in problem.message or any(_overlap(own, key) for key in keys):
-            place = ("overrides", index)
-            message = f"{problem.key} {problem.message}".strip()
-            return Problem(dotted(place), message, problem.remedy, document.where(place))
-    return problem
+    overrides = [Override(text, ("overrides", index)) for index, text in enumerate(sweep.overrides)]
+    for override in overrides:
+        if override.key in _OURS:
+            document.refuse(override.place, f"{override.key} is the sweep's to set", "remove it")
+    file = find_file(document, path, sweep.config, ("config",))
+    return None if file is None else load_overridden(document, file, overrides)
 
 
 def _check_keys(document: Document, path: Path, sweep: Sweep) -> None:
@@ -316,12 +294,6 @@ def _check_method(document: Document, sweep: Sweep, base: RunConfig) -> None:
             "first step on when the run is longer",
             "add schedule.kind=wsd to overrides, or use method random or tpe",
         )
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys are the same, or one is a section or a list that holds the other."""
-    short, long = sorted((one, other), key=len)
-    return long == short or long.startswith((f"{short}.", f"{short}["))
 
 
 def combinations(sweep: Sweep) -> list[dict[str, Any]]:

@@ -30,32 +30,41 @@ def plot_sweep(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
 
 
 def draw_sweep(sweep: Sweep, trials: Sequence[Trial]) -> Figure:
-    """A panel for each key; trials that came to no metric are crosses at the upper edge."""
+    """A panel for each key; the rounds of a trial stand above each other, joined by a line, and trials that
+    came to no metric are crosses at the upper edge.
+    """
     from matplotlib.figure import Figure
 
     columns = min(_COLUMNS, len(sweep.keys))
     rows = math.ceil(len(sweep.keys) / columns)
-    size = (1.2 + 4.2 * columns, 0.8 + 3.6 * rows)
+    size = (2.2 + 4.2 * columns, 0.8 + 3.6 * rows)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     figure.suptitle(f"{sweep.name}: {sweep.metric} by trial", x=0.01, ha="left", fontsize=11)
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes, key in zip(panels, sweep.keys, strict=False):
         _draw_panel(axes, sweep, key, trials)
-    for axes in list(panels)[len(sweep.keys) :]:
+    for axes in panels[len(sweep.keys) :]:
         axes.set_visible(False)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
 def _draw_panel(axes: Axes, sweep: Sweep, key: str, trials: Sequence[Trial]) -> None:
     place = _placing(axes, sweep, key)
-    known = [trial for trial in trials if trial.metric is not None]
-    rounds = sorted({_rounds(trial) for trial in known})
-    for number in rounds:
-        members = [trial for trial in known if _rounds(trial) == number]
-        places = [place(trial.values[key]) for trial in members]
-        heights = [trial.metric for trial in members if trial.metric is not None]
+    rounds: dict[int, tuple[list[float], list[float]]] = {}
+    for trial in trials:
+        heights = [one.metric for one in trial.rounds if one.metric is not None]
+        where = place(trial.values[key])
+        axes.plot([where] * len(heights), heights, color="#BBBBBB", linewidth=0.8, zorder=1)
+        for number, height in enumerate(heights, 1):
+            places, metrics = rounds.setdefault(number, ([], []))
+            places.append(where)
+            metrics.append(height)
+    for number, (places, metrics) in sorted(rounds.items()):
         colour = _COLOURS[(number - 1) % len(_COLOURS)]
-        axes.scatter(places, heights, s=28, color=colour, label=f"round {number}", zorder=2)
+        name = f"round {number}" if len(rounds) > 1 else "trial"
+        axes.scatter(places, metrics, s=28, color=colour, label=name, gid=name, zorder=2)
     winner = winner_of(trials, sweep.goal)
     if winner is not None and winner.metric is not None:
         axes.scatter([place(winner.values[key])], [winner.metric], s=140, facecolors="none",
@@ -69,23 +78,23 @@ def _draw_panel(axes: Axes, sweep: Sweep, key: str, trials: Sequence[Trial]) -> 
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
-    if len(rounds) > 1 or lost:
-        axes.legend(frameon=False, fontsize=8)
-
-
-def _rounds(trial: Trial) -> int:
-    """Rounds that the trial finished."""
-    return sum(one.metric is not None for one in trial.rounds)
 
 
 def _placing(axes: Axes, sweep: Sweep, key: str) -> Any:
-    """Where a value of `key` stands on the axis, which is set up for it."""
+    """Where a value of `key` stands on the axis, which is set up for it: listed values side by side."""
     given = sweep.keys[key]
-    if given.values is None or all(type(value) in (int, float) for value in given.values):
-        if given.log is not None:
-            axes.set_xscale("log")
-        return float
-    values = list(given.values)
-    axes.set_xticks(range(len(values)), [str(value) for value in values])
-    axes.set_xlim(-0.5, len(values) - 0.5)
-    return values.index
+    if given.values is not None:
+        values = list(given.values)
+        axes.set_xticks(range(len(values)), [str(value) for value in values])
+        axes.set_xlim(-0.5, len(values) - 0.5)
+        return values.index
+    assert given.bounds is not None
+    low, high = given.bounds
+    if given.log is not None:
+        axes.set_xscale("log")
+        margin = (high / low) ** 0.05
+        axes.set_xlim(low / margin, high * margin)
+    else:
+        margin = 0.05 * (high - low)
+        axes.set_xlim(low - margin, high + margin)
+    return float

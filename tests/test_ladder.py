@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from ladder_cases import CANARY, EXPORT, LADDER, Commands, final_of, logged, run
 from run_cases import Result, call
 
 from albor.config import RunConfig
-from albor.ladder import climb
+from albor.export import hf
+from albor.filelock import lock_file
+from albor.ladder import climb, gates, readback
+from albor.ladder.file import CanaryGate
 from albor.ladder.gates import RunLog
+from albor.ladder.readback import read_back
+from albor.train.step import Trainer
 
 STATE = Path("runs/steps/ladder.json")
 # Few rows and steps: what the stand-ins' runs show is said per test.
@@ -243,8 +249,6 @@ def test_without_another_program_albor_reads_its_export_back(
 ):
     gate = {**EXPORT["exports"][0]["gate"], "passed": None, "checks": [], "unchecked": "it is not installed"}
     commands.answers["export"] = lambda config: (0, {"exports": [{"gate": gate}]})
-    from albor.ladder import readback
-
     for passed, status in ((False, "failed"), (True, "passed")):
         rows = [{"check": "weights", "compared": "1", "found": "1 differ", "passed": passed}]
         read = {"passed": passed, "runtime": "albor's own reader", "checks": rows}
@@ -368,8 +372,6 @@ def test_a_state_file_that_is_not_ours_is_refused_and_kept(ladder: Path, command
 
 
 def test_a_second_ladder_waits(ladder: Path, commands: Commands):
-    from albor.filelock import lock_file
-
     STATE.parent.mkdir(parents=True)
     held = lock_file(STATE.parent / ".lock")
     assert held is not None
@@ -379,8 +381,6 @@ def test_a_second_ladder_waits(ladder: Path, commands: Commands):
 
 
 def test_a_signal_leaves_the_ladder_to_go_on(ladder: Path, commands: Commands):
-    import signal
-
     def interrupted(config: RunConfig) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return 75, None
@@ -391,3 +391,55 @@ def test_a_signal_leaves_the_ladder_to_go_on(ladder: Path, commands: Commands):
     commands.answers["train"], commands.called = train, []
     assert up(ladder).code == 0
     assert commands.names()[0] == "train one"
+
+
+# Real commands, broken on purpose, as the gates read them
+
+
+def test_a_real_canary_and_one_that_is_broken(config: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = ("canary", config, "--steps", 2, "--reference", "oracle", "--json")
+    monkeypatch.chdir(config.parent)
+    right = call(*asked)
+    assert gates.canary(CanaryGate(steps=2), right.code, json.loads(right.out)).status == "passed"
+    real = Trainer.update
+    # Weights that move at twice the learning rate.
+    monkeypatch.setattr(
+        Trainer,
+        "update",
+        lambda self, sums, state: real(self, sums, dataclasses.replace(state, step=state.step * 2 + 1)),
+    )
+    wrong = call(*asked)
+    found = gates.canary(CanaryGate(steps=2), wrong.code, json.loads(wrong.out))
+    assert found.status == "failed", found
+
+
+def test_a_real_export_that_is_broken(
+    config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = config.parent / "runs" / "tiny"
+    real = hf.config_json
+    monkeypatch.setattr(hf, "config_json", lambda *given: real(*given) | {"rms_norm_eps": 1e-1})
+    wrong = call("export", run, "--to", "hf", "--out", tmp_path / "wrong", "--json")
+    found = gates.export(wrong.code, json.loads(wrong.out))
+    assert found.status == "failed"
+    assert "logits" in found.measured
+
+
+def test_an_export_that_albor_reads_back(
+    config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, out = config.parent / "runs" / "tiny", tmp_path / "out"
+    assert call("export", run, "--to", "hf", "--out", out, "--no-check").code == 0
+    found = read_back(run, out)
+    assert [(row["check"], row["found"], row["passed"]) for row in found["checks"]] == [
+        ("weights", "equal", True),
+        ("tokens of texts", "equal", True),
+    ]
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    spoilt = read_back(run, out)
+    assert spoilt["passed"] is False
+    assert spoilt["checks"][0]["found"].startswith("1 differ, ")
+    (out / "config.json").write_text("{}")
+    assert read_back(run, out)["checks"][0]["check"] == "loads"

@@ -1,5 +1,5 @@
-"""configs/ladder-cpu.yaml, as people use it: three rungs, really trained, and every gate really passed. Alone in
-its file, because it takes longer than any other test and is scheduled by files."""
+"""configs/ladder-cpu.yaml, as people use it: three rungs, really trained, and every gate really passed. Alone
+in its file, because it takes longer than any other test and is scheduled by files."""
 
 from __future__ import annotations
 

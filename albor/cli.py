@@ -1236,7 +1236,7 @@ def sweep(
     albor sweep configs/sweep-lr.yaml --dry-run
     albor sweep configs/sweep-lr.yaml --plot sweep.png
     albor sweep configs/sweep-lr.yaml --for configs/pretrain-50m.yaml
-    albor sweep configs/sweep-lr.yaml --json > sweep.json
+    albor sweep configs/sweep-lr.yaml --json > result.json
 
     grid, random, tpe or halving, over any key of the run's file. Each trial is a
     run of its own in RUNS_DIR/NAME/. One that diverges or fails is shown as such,

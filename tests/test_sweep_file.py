@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import yaml
 
 from albor.configfile import load_config
 from albor.errors import AlborError, ConfigError
@@ -17,6 +16,7 @@ from albor.sweep.halving import promoted, rounds_of, saved_at, shared_steps
 from albor.sweep.record import Outcome, Record, State, Trial, open_record
 from albor.sweep.suggest import Result, suggest, trial_count
 from albor.train.resume_policy import changes_on_resume
+from albor.yamlcore import read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = CONFIGS / "sweep-lr.yaml"
@@ -40,9 +40,11 @@ def test_the_shipped_sweep():
     file = load_sweep(SHIPPED)
     rounds = rounds_of(file.sweep, trial_count(file.sweep))
     assert [(one.trials, one.steps(file.base)) for one in rounds] == [(12, 40), (4, 120), (1, 360)]
-    jsonschema.validate(
-        yaml.safe_load(SHIPPED.read_text().replace("5e-4", "5.0e-4").replace("3e-2", "0.03")), schema()
-    )
+    text = SHIPPED.read_text()
+    assert text.startswith("# yaml-language-server: $schema=../albor/sweep/sweep.schema.json\n")
+    jsonschema.validate(read_yaml(text, "shipped").value, schema())
+    own = json.loads((CONFIGS.parent / "albor" / "sweep" / "sweep.schema.json").read_text())
+    assert own == schema(), "albor schema --sweep > albor/sweep/sweep.schema.json"
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path):

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import tempfile
-import time
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from albor.memory.plan import plan_training
 from albor.train.session import open_session
 
 RECORD = Path(__file__).parent / "results" / "mup.json"
-WIDTHS, STEPS, EXPONENTS = (64, 128, 256), 100, range(-10, -2)
+WIDTHS, STEPS, EXPONENTS = (64, 128, 256), 60, range(-11, -3)
 HEAD_WIDTH = 32
-WAYS = {"standard": False, "muP": True}
+WAYS = ("standard", "muP")
 
 
 def make_config(width: int, base: int | None, lr: float, steps: int, cache: str) -> RunConfig:
@@ -81,29 +81,42 @@ def best_exponent(losses: dict[int, float | None]) -> float | None:
 
 
 def measure(widths: list[int], steps: int) -> dict[str, Any]:
-    """Every training: losses[way][width][exponent], and the best exponent of each width."""
-    losses: dict[str, dict[str, dict[str, float | None]]] = {}
-    best: dict[str, dict[str, float | None]] = {}
-    with tempfile.TemporaryDirectory(prefix="albor-benchmark-") as home:
+    """Every training: losses[way][width][exponent], and the best exponent of each width.
+
+    At the narrowest width both ways are one.
+    """
+    wanted = [(way, width) for way in WAYS for width in widths if way == "standard" or width != widths[0]]
+    found: dict[tuple[str, int], dict[int, float | None]] = {}
+    with tempfile.TemporaryDirectory(prefix="albor-benchmark-") as home, Pool() as pool:
         first = make_config(widths[0], None, 1.0, steps, f"{home}/data")
-        data = prepare(first, lambda *_: None)
-        if problems := check_horizon(first, data):
+        if problems := check_horizon(first, prepare(first, lambda *_: None)):
             raise ConfigError(problems)
-        for way, scales in WAYS.items():
-            losses[way], best[way] = {}, {}
-            for width in widths:
-                base = widths[0] if scales else None
-                started = time.perf_counter()
-                found = {
-                    exponent: train(make_config(width, base, 2.0**exponent, steps, f"{home}/data"), data)
-                    for exponent in EXPONENTS
-                }
-                losses[way][str(width)] = {str(e): loss and round(loss, 4) for e, loss in found.items()}
-                exponent = best_exponent(found)
-                best[way][str(width)] = exponent and round(exponent, 2)
-                seconds = time.perf_counter() - started
-                print(f"{way}, width {width}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        # The widest first, so that none of them is left to one process at the end.
+        tasks = [
+            (way, width, exponent, widths[0], steps, f"{home}/data")
+            for way, width in sorted(wanted, key=lambda one: -one[1])
+            for exponent in EXPONENTS
+        ]
+        for way, width, exponent, loss in pool.imap_unordered(_train, tasks):
+            print(f"{way}, width {width}, 2^{exponent}: {loss}", file=sys.stderr, flush=True)
+            found.setdefault((way, width), {})[exponent] = loss
+    found["muP", widths[0]] = found["standard", widths[0]]
+    losses: dict[str, dict[str, dict[str, float | None]]] = {way: {} for way in WAYS}
+    best: dict[str, dict[str, float | None]] = {way: {} for way in WAYS}
+    for way in WAYS:
+        for width in widths:
+            by_exponent = dict(sorted(found[way, width].items()))
+            losses[way][str(width)] = {str(e): loss and round(loss, 4) for e, loss in by_exponent.items()}
+            exponent = best_exponent(by_exponent)
+            best[way][str(width)] = exponent and round(exponent, 2)
     return {"losses": losses, "best_exponent": best}
+
+
+def _train(task: tuple[str, int, int, int, int, str]) -> tuple[str, int, int, float | None]:
+    """One training, in a process of its own."""
+    way, width, exponent, base, steps, cache = task
+    config = make_config(width, base if way == "muP" else None, 2.0**exponent, steps, cache)
+    return way, width, exponent, train(config, prepare(config, lambda *_: None))
 
 
 def table(record: dict[str, Any]) -> str:

@@ -60,6 +60,7 @@ KEYS = {
     "untied-block": {"tie_word_embeddings": False, "recompute": "block", "head_chunk_tokens": 100},
     "documents": {"document_mask": True, "recompute": "cheap"},
     "rounded-state": {"state_dtype": "bf16"},
+    "muP": {"mup_base_width": 192, "head_chunk_tokens": 100},
 }
 
 

@@ -329,6 +329,10 @@ def test_hours_become_tokens_once(ladder: Path, commands: Commands):
     commands.called = []
     assert up(ladder).code == 0
     assert commands.called == []
+    STATE.unlink()
+    again = json.loads(up(ladder, "--json").out)
+    assert again["rungs"][0]["budget"]["tokens"] == 3552, "the run says how long it is"
+    assert not any(name.startswith("train") for name in commands.names())
     ladder.write_text(text.replace("0.001", "0.002"))
     changed = up(ladder)
     assert (changed.code, "rungs[0]: one has been trained" in changed.err) == (2, True)

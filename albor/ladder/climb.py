@@ -314,7 +314,14 @@ class Climb:
     # Budgets
 
     def _with_budget(self, planned: Planned) -> Planned:
-        """A rung of so many hours with the tokens that were found for it, if they were."""
+        """A rung of so many hours with the tokens that were found for it, if they were. Where ladder.json is
+        lost, the run that has begun still says how long it is.
+        """
+        if planned.rung.hours is not None and self.state.get(planned.name, "budget") is None:
+            with suppress(ConfigError):
+                begun = load_config(planned.directory / "config.resolved.yaml")
+                found = {"hours": planned.rung.hours, "tokens": begun.train.max_tokens}
+                self.state.set(planned.name, "budget", found | {"tokens_per_second": None, "steps": None})
         tokens = self._tokens(planned)
         return planned if tokens is None else self.file.with_tokens(planned, tokens)
 
@@ -322,7 +329,7 @@ class Climb:
         found = self.state.get(planned.name, "budget")
         if planned.rung.hours is None or found is None or found["hours"] != planned.rung.hours:
             return None
-        tokens: int = found["tokens"]
+        tokens: int | None = found["tokens"]
         return tokens
 
     def _probe(self, planned: Planned) -> Planned:

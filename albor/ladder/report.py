@@ -133,12 +133,23 @@ def markdown(content: Row, file: LadderFile) -> str:
             parts.append(
                 f"{rung['name']}: validation loss {rung['comparison']['loss']:.3f}, predicted "
                 f"{rung['comparison']['predicted']:.3f} ({low:.3f} to {high:.3f}): "
-                f"{rung['comparison']['verdict']}. {rung['prediction']['method']}.\n"
+                f"{rung['comparison']['verdict']}. {rung['prediction']['method']}.{_hours(rung)}\n"
             )
         elif rung["prediction"] is not None and "not_predicted" in rung["prediction"]:
             parts.append(f"{rung['name']}: {rung['prediction']['not_predicted']}.\n")
     parts += ["## Gates\n", _table(gate_rows(content))]
     return "\n".join(parts)
+
+
+def _hours(rung: Row) -> str:
+    """What was expected of the speed, and what it was."""
+    expected, taken = (rung["predicted_speed"] or {}).get("hours"), (rung["result"] or {}).get("hours")
+    if expected is None or taken is None:
+        return ""
+    kwh = rung["predicted_speed"]["kwh"]
+    power = "" if kwh is None else f", {kwh:.3g} kWh"
+    basis = rung["predicted_speed"]["basis"]
+    return f" Predicted {expected:.3g} hours{power} ({basis}); taken {taken:.3g}."
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

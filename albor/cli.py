@@ -1215,6 +1215,10 @@ def sweep(
         bool,
         typer.Option("--dry-run", help="Print the trials, whether they fit and what they take; do nothing."),
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --dry-run: on this card, which need not be here."),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the metric over each key: .png, .svg or .pdf"),
@@ -1234,6 +1238,7 @@ def sweep(
 
     \b
     albor sweep configs/sweep-lr.yaml --dry-run
+    albor sweep my-sweep.yaml --dry-run --gpu "RTX 4090"
     albor sweep configs/sweep-lr.yaml --plot sweep.png
     albor sweep configs/sweep-lr.yaml --for configs/pretrain-50m.yaml
     albor sweep configs/sweep-lr.yaml --json > result.json
@@ -1256,7 +1261,10 @@ def sweep(
             if value is not None:
                 problem = "is for what was trained, and --dry-run trains nothing"
                 raise ConfigError([Problem(name, problem, "leave one of them out", "command line")])
-        raise typer.Exit(run_dry(file, console, json_wanted=as_json))
+        raise typer.Exit(run_dry(file, console, json_wanted=as_json, gpu=gpu))
+    if gpu is not None:
+        problem = "asks about a card, and trials train on the one that is here"
+        raise ConfigError([Problem("--gpu", problem, "add --dry-run, or leave it out", "command line")])
     with StopRequest() as stop:
         run_sweep(file, console, stop, json_wanted=as_json, plot=plot, other=other, retry=retry)
 

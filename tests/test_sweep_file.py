@@ -12,7 +12,7 @@ import pytest
 from albor.configfile import load_config
 from albor.errors import AlborError, ConfigError
 from albor.sweep.file import Range, load_sweep, schema
-from albor.sweep.halving import promoted, rounds_of, saved_at, shared_steps
+from albor.sweep.halving import check_rounds, promoted, rounds_of, saved_at, shared_steps
 from albor.sweep.record import Outcome, Record, State, Trial, open_record
 from albor.sweep.suggest import Result, suggest, trial_count
 from albor.train.resume_policy import changes_on_resume
@@ -177,6 +177,19 @@ def test_rounds_cost_about_the_same(tmp_path):
     assert [(one.trials, one.steps(file.base)) for one in rounds] == [(27, 56), (9, 167), (3, 500), (1, 1500)]
     fewer = load_sweep(write(tmp_path, f"{text}\nhalving: {{rounds: 2}}")).sweep
     assert [one.trials for one in rounds_of(fewer, 27)] == [27, 9]
+
+
+def test_a_warm_up_ends_within_the_first_round(tmp_path):
+    for warmup, is_fine in ((55, True), (56, False)):
+        overrides = f"[schedule.kind=wsd, schedule.warmup_steps={warmup}]"
+        text = f"method: halving\ntrials: 27\noverrides: {overrides}\nkeys: {KEYS}"
+        file = load_sweep(write(tmp_path, text))
+        rounds = rounds_of(file.sweep, 27)
+        if is_fine:
+            check_rounds(file, rounds)
+            continue
+        with pytest.raises(ConfigError, match="rounds of 56 steps, in which a warm-up of 56 does not end"):
+            check_rounds(file, rounds)
 
 
 def test_the_best_go_on():

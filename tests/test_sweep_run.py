@@ -250,6 +250,25 @@ def test_a_dry_run_writes_nothing(project, fake):
     assert call("sweep", path, "--dry-run", "--plot", "a.png").code == 2
 
 
+def test_a_dry_run_on_a_card_that_is_not_here(project, fake):
+    path = project / "sweep.yaml"
+    path.write_text(
+        f"name: s\nconfig: {ROOT / 'configs/pretrain-50m.yaml'}\nmethod: grid\noverrides: [device=cuda]\n"
+        "keys: {model.num_hidden_layers: {values: [8, 900]}}\n"
+    )
+    result = call("sweep", path, "--dry-run", "--gpu", "RTX 4090", "--json")
+    assert result.code == 0
+    small, large = json.loads(result.out)["plan"]
+    assert (small["fits"], large["fits"]) == (True, False)
+    assert 0 < small["seconds"] < large["seconds"]
+    shown = call("sweep", path, "--dry-run", "--gpu", "RTX 4090").out
+    assert "does not fit" in shown
+    assert re.search(r"Time in training steps: at most .* \(modelled, not measured\)", shown)
+    path.write_text(path.read_text().replace("[8, 900]", "[900]"))
+    assert call("sweep", path, "--dry-run", "--gpu", "RTX 4090").code == 4
+    assert call("sweep", path, "--gpu", "RTX 4090").code == 2
+
+
 def test_metrics_that_are_not_of_the_end(project, fake):
     """Of a metric in the log it is the mean of the last tenth; one that is not finite is none."""
     directory = project / "runs" / "r"

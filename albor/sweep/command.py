@@ -12,7 +12,7 @@ from albor.configfile import load_config
 from albor.errors import AlborError, DoesNotFit
 from albor.runs.text import show
 from albor.sweep.file import SweepFile, load_sweep
-from albor.sweep.halving import rounds_of
+from albor.sweep.halving import check_rounds, rounds_of
 from albor.sweep.record import Record, State, Trial, open_record
 from albor.sweep.report import (
     as_json,
@@ -28,15 +28,18 @@ from albor.sweep.suggest import suggest, trial_count
 from albor.train.signals import StopRequest
 
 
-def run_dry(path: Path, console: Console, *, json_wanted: bool) -> int:
-    """Prints what would be trained; nothing is written. Returns 4 where no trial fits."""
+def run_dry(path: Path, console: Console, *, json_wanted: bool, gpu: str | None) -> int:
+    """Prints what would be trained here, or on the card called `gpu`; nothing is written. Returns 4 where no
+    trial fits.
+    """
     file = load_sweep(path)
     trials = open_record(file).trials
     count = 1 if file.sweep.method == "tpe" else trial_count(file.sweep)
     while len(trials) < count:
         trials.append(Trial(len(trials), suggest(file.sweep, len(trials))))
     rounds = rounds_of(file.sweep, trial_count(file.sweep))
-    planned = plan_trials(file, rounds, trials)
+    check_rounds(file, rounds)
+    planned = plan_trials(file, rounds, trials, gpu)
     if json_wanted:
         print(json.dumps({
             **as_json(file, trials),
@@ -65,6 +68,7 @@ def run_sweep(
     Raises Interrupted after a signal, and AlborError where no trial came to a metric.
     """
     file = load_sweep(path)
+    check_rounds(file, rounds_of(file.sweep, trial_count(file.sweep)))
     target = None if other is None else load_config(other)
     if plot is not None:
         from albor.memory.plot import check_target

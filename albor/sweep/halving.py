@@ -10,11 +10,12 @@ trials run one after another, and lets the first ones through unseen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from albor.config import RunConfig
-from albor.sweep.file import Sweep
+from albor.errors import ConfigError, Problem
+from albor.sweep.file import Sweep, SweepFile
 from albor.train.schedule import learning_rate
 
 
@@ -40,6 +41,15 @@ def rounds_of(sweep: Sweep, trials: int) -> list[Round]:
         counts.append(max(1, counts[-1] // factor))
     last = len(counts) - 1
     return [Round(i + 1, count, (1, factor ** (last - i))) for i, count in enumerate(counts)]
+
+
+def check_rounds(file: SweepFile, rounds: Sequence[Round]) -> None:
+    """Raises ConfigError where the warm-up, which no key varies, is longer than the first round."""
+    warmup, steps = file.base.schedule.warmup_steps, rounds[0].steps(file.base)
+    if len(rounds) > 1 and "schedule.warmup_steps" not in file.sweep.keys and warmup >= steps:
+        message = f"begins with rounds of {steps} steps, in which a warm-up of {warmup} does not end"
+        remedy = "ask for fewer trials or halving.rounds, or shorten schedule.warmup_steps"
+        raise ConfigError([Problem("method", message, remedy, str(file.path))])
 
 
 def promoted(metrics: Mapping[int, float], count: int, goal: str) -> list[int]:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from albor.errors import ConfigError
 from albor.memory.devices import this_machine
-from albor.memory.estimate import Estimate
+from albor.memory.estimate import Estimate, estimate
 from albor.runs.text import table
 from albor.sweep.file import SweepFile
 from albor.sweep.halving import Round
@@ -56,9 +56,13 @@ class Planned:
         }
 
 
-def plan_trials(file: SweepFile, rounds: Sequence[Round], trials: Sequence[Trial]) -> list[Planned]:
-    """Each trial as this machine would train it to the end."""
-    hardware = this_machine(file.base.device)
+def plan_trials(
+    file: SweepFile, rounds: Sequence[Round], trials: Sequence[Trial], gpu: str | None = None
+) -> list[Planned]:
+    """Each trial as this machine, or the card called `gpu`, would train it to the end. Raises ConfigError for
+    an unknown card.
+    """
+    hardware = this_machine(file.base.device) if gpu is None else estimate(file.base, gpu).hardware
     found = []
     for trial in trials:
         try:
@@ -77,7 +81,7 @@ def plan_lines(file: SweepFile, rounds: Sequence[Round], planned: Sequence[Plann
     for one in planned:
         shown = [f"{one.trial.number}", *(_show(one.trial.values[key]) for key in keys)]
         if one.estimate is None:
-            rows.append([*shown, "", "", Text(f"refused: {one.problem}", style="red")])
+            rows.append([*shown, "", "", "", Text(f"refused: {one.problem}", style="red")])
             continue
         fits = {True: "fits", False: "does not fit", None: ""}[one.estimate.fits]
         verdict = Text(fits, style="red" if one.estimate.fits is False else "")

@@ -15,6 +15,7 @@ from recorded_runs import BEGAN, add_row, write_run
 from run_cases import tree
 
 from albor.errors import ConfigError
+from albor.runs import owner
 from albor.runs.follow import Follower
 from albor.runs.owner import LOCK, is_locked, read_owner, this_process
 from albor.runs.record import find_runs, open_run
@@ -119,6 +120,7 @@ def test_runs_are_found_below_a_directory_in_the_order_of_their_starts(tmp_path:
     write_run(tmp_path / "ladder" / "b", began=BEGAN.replace(hour=11))
     (tmp_path / "ladder" / LOCK).touch()  # that of the ladder, which is no run
     (tmp_path / "ladder" / "ladder.json").touch()
+    (tmp_path / "ladder" / "events.jsonl").touch()
     (tmp_path / "preparing").mkdir()
     (tmp_path / "preparing" / LOCK).touch()
     write_run(tmp_path / "x" / "y" / "z")
@@ -130,6 +132,7 @@ def test_runs_are_found_below_a_directory_in_the_order_of_their_starts(tmp_path:
     found = [str(run.directory.relative_to(tmp_path)) for run in find_runs(tmp_path)]
     assert found == ["preparing", "ladder/b", "x/y/z", "b"]
     (tmp_path / "ladder" / "ladder.json").unlink()
+    (tmp_path / "ladder" / "events.jsonl").unlink()
     assert len(find_runs(tmp_path)) == 4
     assert [run.name for run in find_runs(tmp_path / "b")] == ["b"]
     assert find_runs(tmp_path / "none") == []
@@ -190,6 +193,7 @@ def test_a_directory_where_nothing_has_begun_is_new(tmp_path: Path):
 
 def test_a_run_is_running_while_its_process_holds_the_directory(tmp_path: Path):
     run = write_run(tmp_path / "run", ending=None)
+    (run / LOCK).write_text("x" * 1000)  # longer than what is written over it
     with claim(run, pytest.fail):
         assert read_owner(run) == this_process()
         assert state_of(open_run(run)) is State.RUNNING
@@ -224,10 +228,14 @@ def test_a_killed_process_is_gone_though_its_number_is_taken_again(tmp_path: Pat
     for log in ("metrics.jsonl", "events.jsonl"):
         os.utime(run / log, (0, 0))
     assert write(host="node7") is State.LOST
-    child = subprocess.Popen([sys.executable, "-c", ""])
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = owner._started(child.pid)
+    assert write(pid=child.pid, started=started) is State.RUNNING
+    child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert write(pid=child.pid) is State.LOST  # it has its number still, and has ended
-    child.wait()
+    if sys.platform == "linux":  # it has its number still, and has ended
+        assert write(pid=child.pid, started=started) is State.LOST
+    child.communicate()
     assert write(pid=child.pid, started=None) is State.LOST
 
 

@@ -144,10 +144,12 @@ def test_a_run_of_which_little_is_left_is_listed_and_shown(tmp_path: Path, left:
 
 def test_the_best_evaluation_counts_and_not_the_last(tmp_path: Path):
     run = write_run(tmp_path / "run", steps=50)
-    with open(run / "metrics.jsonl", "a") as log:
-        for step, loss in ((60, 1.25), (70, 2.0), (80, None)):
+    with open(run / "metrics.jsonl", "w") as log:
+        for step, loss in ((40, None), (60, 1.25), (70, 2.0), (80, None)):
             row = {"step": step, "tokens": step, "val/loss": loss, "val/bits_per_byte": 0.5 + step / 1000}
             log.write(json.dumps(row | ({"non_finite": {"val/loss": "nan"}} if loss is None else {})) + "\n")
+    figure = gather(open_run(run)).figures["val/loss"]
+    assert (figure.best, figure.best_step, figure.step) == (1.25, 60, 80)
     found = summarise(open_run(run))
     assert (found.best_loss, found.best_step, found.bits_per_byte) == (1.25, 60, 0.56)
     assert found.step == 80
@@ -199,7 +201,7 @@ def test_one_page_of_a_run(runs: Path):
     ]
     run = write_run(runs / "busy", happened=happened)
     (run / "checkpoints" / "best.json").write_text('{"step": 100, "val/loss": 3.02}')
-    (run / "checkpoints" / "step-00000050").mkdir()
+    (run / "checkpoints" / "step-00000200").mkdir()
     before = tree(run)
     result = call("runs", "show", run)
     assert (result.code, result.err) == (0, "")
@@ -222,7 +224,7 @@ def test_one_page_of_a_run(runs: Path):
     assert re.search(r"process +1\.00 GiB +0\.50 GiB", text)
     assert re.search(r"val/loss +3\.0200 +100 +3\.0200 +100", text)
     assert re.search(r"step 100 +0\.0 MiB +best, a resume goes on from here", text)
-    assert re.search(r"step 50 +0\.0 MiB +has no manifest", text)
+    assert re.search(r"step 200 +0\.0 MiB +has no manifest", text)
     assert "\x1b" not in text
     assert tree(run) == before
 

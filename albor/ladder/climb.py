@@ -82,8 +82,8 @@ class Climb:
         first = self._first(start)
         try:
             self._check_changed()
-            self._check_fits()
-            self._prepare_local_data()
+            self._check_fits(first)
+            self._prepare_local_data(first)
             for index in range(first, len(self.rungs)):
                 self._climb(index)
         except Stopped:
@@ -123,10 +123,10 @@ class Climb:
         if problems:
             raise ConfigError(problems)
 
-    def _check_fits(self) -> None:
+    def _check_fits(self, first: int) -> None:
         """Of every rung that is still to be trained: the last one may be days away."""
         failed = []
-        for planned in self.rungs:
+        for planned in self.rungs[first:]:
             gate = planned.gates.fits
             if gate is None:
                 self._judged(planned, gates.left_out("fits"))
@@ -135,15 +135,15 @@ class Climb:
                 result = gates.fits(gate, target)
                 self._judged(planned, result)
                 if result.status == "failed":
-                    failed.append("\n".join([f"{planned.name}: {result.measured}, {result.threshold}"]))
+                    failed.append(f"{planned.name}: {result.measured}; wanted: {result.threshold}")
                     failed += target.advice if target.fits is False else []
         if failed:
             raise DoesNotFit("\n".join(["a rung does not fit this machine; nothing was started:", *failed]))
 
-    def _prepare_local_data(self) -> None:
+    def _prepare_local_data(self, first: int) -> None:
         """Of rungs that read files: what they ask of too little text is found now, for all of them."""
         problems = []
-        for planned in self.rungs:
+        for planned in self.rungs[first:]:
             local = all(list_files(source) is not None for source in planned.config.data.sources)
             if local and not finished(planned):
                 problems += self._prepare(planned)
@@ -152,7 +152,6 @@ class Climb:
 
     def _prepare(self, planned: Planned) -> list[Problem]:
         """Prepares a rung's data and measures what counting reaches on it. Returns what is wrong."""
-
         with self._stoppable(), show_progress(self.console) as progress:
 
             def report(stage: str, done: int, total: int | None) -> None:

@@ -313,6 +313,8 @@ def test_the_rounds_of_a_trial_stand_above_each_other(project, fake):
     file = load_sweep(path)
     (axes,) = draw_sweep(file.sweep, open_record(file).trials).axes
     assert axes.get_xscale() == "log"
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert {"0.001", "0.002", "0.005", "0.01", "0.1"} <= set(ticks)  # numbers, and no formulas
     points = {one.get_gid(): len(one.get_offsets()) for one in axes.collections}
     assert points == {"round 1": 4, "round 2": 2, "round 3": 1, "best": 1}
     assert sorted(len(line.get_xdata()) for line in axes.lines) == [1, 1, 2, 3]

@@ -74,7 +74,8 @@ def _draw_panel(axes: Axes, sweep: Sweep, key: str, trials: Sequence[Trial]) -> 
         axes.scatter(lost, [0.97] * len(lost), marker="x", color="#D55E00", label="no result", gid="lost",
                      transform=axes.get_xaxis_transform(), zorder=2)  # fmt: skip
     axes.set_xlabel(key)
-    axes.set_ylabel(sweep.metric)
+    if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+        axes.set_ylabel(sweep.metric)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -91,7 +92,12 @@ def _placing(axes: Axes, sweep: Sweep, key: str) -> Any:
     assert given.bounds is not None
     low, high = given.bounds
     if given.log is not None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         margin = (high / low) ** 0.05
         axes.set_xlim(low / margin, high * margin)
     else:

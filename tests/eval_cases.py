@@ -124,11 +124,16 @@ def _write_requests(root: Path, name: str, documents: Sequence[dict[str, Any]]) 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of some steps, whose model has 256 positions and the weights of a fresh one, made larger: so it
-    has opinions, and no two log-likelihoods are the same."""
-    directory = tmp_path_factory.mktemp("evaluated")
+    """`make_run` with a context that some of the items are too long for."""
+    return make_run(tmp_path_factory.mktemp("evaluated"), 256)
+
+
+def make_run(directory: Path, context: int) -> Path:
+    """A run of some steps, whose model has `context` positions and the weights of a fresh one, made larger:
+    so it has opinions, and no two log-likelihoods are the same.
+    """
     config = write_project(directory)
-    keys = ("model.max_position_embeddings=256", "train.max_steps=2", "evaluate.every_steps=2",
+    keys = (f"model.max_position_embeddings={context}", "train.max_steps=2", "evaluate.every_steps=2",
             "checkpoint.every_steps=2", "schedule.warmup_steps=0", "model.initializer_range=0.2",
             f"runs_dir={directory / 'runs'}")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

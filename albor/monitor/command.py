@@ -29,6 +29,8 @@ def run_monitor(given: Path | None, interval: float, *, once: bool, as_json: boo
         return 0
     from albor.monitor.app import SIGNALS, Monitor
 
+    if not os.environ.get("NO_COLOR"):
+        os.environ.pop("NO_COLOR", None)  # empty means unset, and Textual does not know that
     # A signal must find the handlers that give the terminal back; until they are there it waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     app = Monitor(attachment.poll, attachment.reload, interval)

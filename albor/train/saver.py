@@ -21,8 +21,8 @@ import torch
 
 from albor import checkpoint
 from albor.checkpoint import Retention
-from albor.config import RunConfig
 from albor.errors import AlborError, CheckpointError, DiskFault
+from albor.memory.cost import most_checkpoints
 from albor.memory.plan import MemoryPlan
 from albor.train.display import Display
 from albor.train.metrics import MetricsLog
@@ -254,19 +254,13 @@ def preflight(session: Session, say: Callable[[str], None], *, alone: bool = Fal
         return  # the run is finished, and saves nothing
     if shortage := find_shortage(session, session.state.step + 1, saves=2):
         raise AlborError(f"{shortage}; free some, or set runs_dir to another disk")
-    kept, size = _most_checkpoints(config), _size(session)
+    kept, size = most_checkpoints(config), _size(session)
     room = _free(session) + sum(map(_bytes_of, checkpoint.list_checkpoints(directory)))
     if room < (kept + 1) * size:  # one is written while the others are there
         say(
             f"the checkpoints that this run keeps come to {format_bytes(kept * size)}, and one more while it "
             f"is written; on the disk of {directory} there is room for {format_bytes(room)}"
         )
-
-
-def _most_checkpoints(config: RunConfig) -> int:
-    every, keep = config.checkpoint.every_steps, config.checkpoint
-    last = min(keep.keep_last, -(-config.steps // every))
-    return last + int(keep.keep_best) + (config.steps // keep.keep_every if keep.keep_every else 0)
 
 
 def _size(session: Session) -> int:

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from albor.architecture import Architecture
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 class Norm(nn.Module):
     """RMSNorm."""
@@ -68,26 +70,20 @@ class Attention(nn.Module):
         self.o_proj = Matrix(model.num_attention_heads * self.head_dim, width, dtype)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        seen: torch.Tensor,
-        past_keys: torch.Tensor,
-        past_values: torch.Tensor,
+        self, x: torch.Tensor, turn: Pair, seen: torch.Tensor, past: Pair
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The output (B, T, C), and keys and values (B, K, S, D) of the past and then the new tokens.
 
-        cos and sin are (B, 1, 1, T, D/2); seen (B, 1, 1, T, S) says which keys a query sees; the past is
-        (B, K, S - T, D).
+        `turn` are cos and sin, each (B, 1, 1, T, D/2); seen (B, 1, 1, T, S) says which keys a query sees; the
+        past are keys and values, each (B, K, S - T, D).
         """
         queries = (self.key_heads, self.group, self.head_dim)
         # (B, K, G, T, D): the G queries that share a key stand together.
-        q = rotate(self.q_proj(x).unflatten(-1, queries).permute(0, 2, 3, 1, 4), cos, sin)
+        q = rotate(self.q_proj(x).unflatten(-1, queries).permute(0, 2, 3, 1, 4), *turn)
         keys = (self.key_heads, 1, self.head_dim)
-        k = rotate(self.k_proj(x).unflatten(-1, keys).permute(0, 2, 3, 1, 4), cos, sin).squeeze(2)
+        k = rotate(self.k_proj(x).unflatten(-1, keys).permute(0, 2, 3, 1, 4), *turn).squeeze(2)
         v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim)).transpose(1, 2)
-        k, v = torch.cat((past_keys, k), 2), torch.cat((past_values, v), 2)
+        k, v = (torch.cat(both, 2) for both in zip(past, (k, v), strict=True))
         scores = (q * self.head_dim**-0.5) @ k.unsqueeze(2).transpose(3, 4)  # (B, K, G, T, S)
         # The lowest number instead of -inf: a padding token sees nothing, and its softmax must not be NaN.
         scores = torch.where(seen, scores.float(), torch.finfo(torch.float32).min)
@@ -128,8 +124,8 @@ class Layer(nn.Module):
         past_keys: torch.Tensor,
         past_values: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `Attention`."""
-        mixed, k, v = self.self_attn(self.input_layernorm(x), cos, sin, seen, past_keys, past_values)
+        """See `Attention`; here each input has a name of its own, as the graph's inputs have."""
+        mixed, k, v = self.self_attn(self.input_layernorm(x), (cos, sin), seen, (past_keys, past_values))
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from albor import gguffile
 from albor.data import tokenizer_json
+from albor.data.tokenizer_file import read_tokenizer_file
 from albor.errors import ConfigError, DataError, Problem
 
 FILE = "tokenizer.json"
@@ -23,7 +24,6 @@ FILE = "tokenizer.json"
 _ENDS_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 _BYTE_NAME = re.compile(r"<0x([0-9A-F]{2})>")
 _MOST_IDS = 1 << 24
-_LARGEST_FILE = 256 * 2**20  # bytes; the largest that is published has 35 million
 
 
 class HuggingFaceEncoder:
@@ -87,13 +87,7 @@ def read_tokenizer_json(path: Path) -> bytes:
         path = path / FILE
         if not path.exists():
             raise DataError(f"there is no {FILE} in it")
-    if path.exists() and not path.is_file():  # a device may have no end
-        raise DataError("it is no regular file")
-    with open(path, "rb") as file:
-        model = file.read(_LARGEST_FILE + 1)
-    if len(model) > _LARGEST_FILE:
-        raise DataError(f"it is larger than the {_LARGEST_FILE:,} bytes that are read")
-    return model
+    return read_tokenizer_file(path)
 
 
 def _parsed(model: bytes) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from albor.data.sentencepiece_encoder import (
     train,
 )
 from albor.data.sources import Document
+from albor.data.tokenizer_file import read_tokenizer_file
 from albor.errors import DataError
 
 Kind = Literal["sentencepiece", "hf"]
 FILES: dict[Kind, str] = {"sentencepiece": "tokenizer.model", "hf": "tokenizer.json"}  # in a checkpoint
-_LARGEST_MODEL = 256 * 2**20  # bytes of a file; a SentencePiece model of 256,000 tokens has 5 million
 # A sample for training is drawn in parts of a few dozen lines. Lines that are longer are cut there too: the
 # BPE trainer cannot address more than 65,535 characters in one word.
 _TRAINING_PART = 1 << 12
@@ -94,7 +94,8 @@ class Tokenizer:
         missing that it needs.
         """
         try:
-            tokenizer = cls(_read(path) if kind == "sentencepiece" else read_tokenizer_json(path), kind)
+            read = read_tokenizer_file if kind == "sentencepiece" else read_tokenizer_json
+            tokenizer = cls(read(path), kind)
         except OSError as error:
             raise DataError(f"tokenizer {path} cannot be read: {error.strerror}") from error
         except (RuntimeError, ValueError) as error:
@@ -164,17 +165,6 @@ class Tokenizer:
         return self.decode_bytes(ids) == text.encode() and set(self.special_ids.values()).isdisjoint(
             ids.tolist()
         )
-
-
-def _read(path: Path) -> bytes:
-    """A SentencePiece model file's content. Raises OSError, and DataError for what cannot be one."""
-    if path.exists() and not path.is_file():  # a device may have no end
-        raise DataError("it is no regular file")
-    with open(path, "rb") as file:
-        model = file.read(_LARGEST_MODEL + 1)
-    if len(model) > _LARGEST_MODEL:
-        raise DataError(f"it is larger than the {_LARGEST_MODEL:,} bytes that are read")
-    return model
 
 
 def _is_hf(path: Path) -> bool:

@@ -26,7 +26,7 @@ from helpers import make_config
 from typer.testing import CliRunner
 
 from albor.architecture import Architecture
-from albor.bench import machine
+from albor.bench import machine, recorder
 from albor.bench import report as reporting
 from albor.bench import run as running
 from albor.bench.cases import SHAPES, STANDARD, Case, case_of, find_case
@@ -48,6 +48,7 @@ from albor.floor import (
     floor,
     step_work,
 )
+from albor.memory.process import Reading
 
 ROOT = Path(__file__).parents[1]
 STEPS = 11  # one more than what lies between two looks at the loss
@@ -115,6 +116,21 @@ def test_every_system_does_the_same_work(
     assert began < first["at"] < time.time()
     assert events[-1]["event"] == "done"
     assert 50e6 < events[-1]["memory"]["max_rss"] < 50e9
+
+
+def test_memory_is_that_of_the_program_and_not_of_who_started_it(monkeypatch: pytest.MonkeyPatch):
+    """getrusage has both, and is asked only where there is no /proc."""
+    asked = "import resource; from albor.memory.process import peak_resident as peak; "
+    asked += "print(peak().bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    code = "import subprocess, sys; held = b'1' * (400 << 20); "
+    code += f"subprocess.run([sys.executable, '-c', {asked!r}])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    own, charged = map(int, said.split())
+    assert own < 200 * 2**20 <= 400 * 2**20 <= charged
+    monkeypatch.setattr("albor.bench.recorder.peak_resident", lambda: Reading(own, ""))
+    assert recorder._peak_resident() == own
+    monkeypatch.setattr("albor.bench.recorder.peak_resident", lambda: Reading(None, "no /proc"))
+    assert recorder._peak_resident() > 0
 
 
 def test_a_system_that_fails_says_why(spec: Spec, tmp_path: Path):

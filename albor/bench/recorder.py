@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import torch
 
 from albor.bench.profile import StepProfile
+from albor.memory.process import peak_resident
 
 LOG_EVERY = 10  # steps between two looks at the loss, in every system
 
@@ -68,7 +69,7 @@ class Recorder:
     def finish(self) -> None:
         """Call this after the last step."""
         self._flush()
-        memory = {"max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        memory: dict[str, int | None] = {"max_rss": _peak_resident()}
         if self._cuda:
             memory |= {
                 "max_allocated": torch.cuda.max_memory_allocated(),
@@ -96,3 +97,11 @@ class Recorder:
             total = sum(float(loss) for loss in losses)
             self.emit("step", loss=total, norm=None if norm is None else float(norm), seconds=seconds)
         self._pending.clear()
+
+
+def _peak_resident() -> int:
+    """Bytes. Without /proc by getrusage, which charges a program with what the one that started it had until
+    exec: a small peer that a large process starts would be as large.
+    """
+    known = peak_resident().bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if known is None else known

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from albor import checkpoint, tensorfile
+from albor import signals as two_signals
 from albor.data import loader
 from albor.data.cache import Cache
 from albor.data.loader import Loader
@@ -263,7 +264,7 @@ def _() -> None:
 
 @without("the second signal ends it", "8 told twice in a step", shows=r"in \(143, -15\)")
 def _() -> None:
-    signals._end_at_the_second = lambda arrivals, *_: os.read(arrivals, 1 << 16)
+    two_signals._end_at_the_second = lambda arrivals, *_: os.read(arrivals, 1 << 16)
 
 
 @without("a shortage beside the training is survived", "13 memory evaluation", shows="out of memory")

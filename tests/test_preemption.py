@@ -21,8 +21,9 @@ import pytest
 from checkpoint_cases import exit_code_of, fork
 from run_cases import STEPS, bits, call, checkpoints, events, tree
 
+from albor import signals
 from albor.errors import AlborError
-from albor.train import run, run_directory, signals, time_limit
+from albor.train import run, time_limit
 from albor.train.run_directory import claim
 from albor.train.signals import StopRequest
 from albor.train.step import Trainer
@@ -317,7 +318,7 @@ def test_what_timeout_sends_twice_is_one_request(
 ):
     """To the process and to its group; without this the second would keep the first from saving."""
     if not guarded:
-        monkeypatch.setattr(signals, "_ONE_REQUEST_SECONDS", 0.0)
+        monkeypatch.setattr(signals, "ONE_REQUEST_SECONDS", 0.0)
     assert stopped_twice(config, 0.01) == (75 if guarded else 128 + signal.SIGTERM)
     assert checkpoints(RUN) == ([4, 5] if guarded else [4])
 
@@ -416,7 +417,7 @@ def test_the_lock_is_one_that_nfs_can_give():
 def test_a_lock_whose_file_is_gone_is_none():
     """Its last owner removes the file after we have opened it: a third process would lock a new one."""
     RUN.mkdir(parents=True)
-    lock, given = run_directory.fcntl.flock, []
+    lock, given = fcntl.flock, []
 
     def late(handle: int) -> None:
         if not given:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = (
     (
         "__init__", "errors", "units", "seeds", "progress", "faults", "strictjson", "alerts", "spikes",
-        "durable", "runlog", "build", "parent", "child_process", "filelock", "kernels",
+        "durable", "runlog", "build", "parent", "child_process", "filelock", "signals", "kernels",
     ),
     ("yamlcore", "config", "configfile", "overrides", "architecture", "metric_names", "floor", "gguffile"),
     ("runs",),

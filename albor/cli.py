@@ -163,8 +163,8 @@ def train(
             render(target, console)
         raise typer.Exit(DoesNotFit.exit_code if target.fits is False else 0)
     check_fits(target)  # before torch is imported, let alone a GPU touched
-    if target.fallback:
-        console.out(target.fallback, highlight=False)
+    for note in target.notes:
+        console.out(note, highlight=False)
 
     given = config.read_text(encoding="utf-8")
     if overrides:
@@ -321,8 +321,8 @@ def canary(
     run = load_config(config, overrides or [])
     target = plan_for_training(run)
     console = _console(stderr=as_json)
-    if target.fallback:
-        console.out(target.fallback, highlight=False)
+    for note in target.notes:
+        console.out(note, highlight=False)
     outcome = run_canary(run, target, steps, reference.value, console)
     if as_json:
         print(json.dumps(outcome.as_json()))
@@ -359,8 +359,8 @@ def verify_resume(
     run = load_config(config, overrides or [])
     target = plan_for_training(run)
     console = _console(stderr=as_json)
-    if target.fallback:
-        console.out(target.fallback, highlight=False)
+    for note in target.notes:
+        console.out(note, highlight=False)
 
     from albor.train.verify_resume import print_verification
     from albor.train.verify_resume import verify_resume as verify

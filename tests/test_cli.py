@@ -17,16 +17,17 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import typer.main
-from run_cases import ENVIRONMENT, Result, albor, call, checkpoints, tree
+from run_cases import ENVIRONMENT, Result, albor, call, checkpoints, tree, write_project
 
 import albor as package
 from albor.cli import app, main
 from albor.configfile import load_config
 from albor.data.tokenizer import Tokenizer
+from albor.errors import AlborError
 from albor.ladder.file import load_ladder
 from albor.sweep.file import load_sweep
 
@@ -478,3 +479,23 @@ def test_a_prompt_that_nothing_follows_is_shown(trained: Path):
     """The whole text is held back by a stop string that it may be the beginning of, or is one."""
     text = json_object(call("generate", trained, "--prompt", "the", "--json"))["text"]
     assert generate(trained, "--prompt", "the", "--stop", text[0]) == "the\n"
+
+
+@pytest.mark.parametrize(
+    "command", [("train", "--resume", "nowhere"), ("canary",), ("verify-resume", "--steps", "99999")]
+)
+def test_what_one_should_know_of_the_machine_is_said_once(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All of it: the estimate's notes, of which a dtype that falls back is one."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise AlborError("enough")
+
+    monkeypatch.setattr("albor.memory.estimate.Estimate.notes", property(lambda self: ["One.", "Another."]))
+    monkeypatch.setattr("albor.canary.run.run_canary", refuse)
+    monkeypatch.chdir(tmp_path)
+    result = call(command[0], write_project(tmp_path), *command[1:])
+    assert result.code != 0
+    assert (result.out + result.err).startswith("One.\nAnother.\n")
+    assert (result.out + result.err).count("One.") == 1

@@ -685,7 +685,8 @@ def serve(
 
     There are /v1/models, /v1/completions, /v1/chat/completions and /health. One
     request is answered at a time. SIGTERM and Ctrl-C end it in order: exit code
-    0. Needs pip install 'albor\\[serve]'.
+    0. A second one ends it at once: 143 or 130. Needs pip install
+    'albor\\[serve]'.
     """
     from albor.serve.command import run_serve
 

@@ -49,10 +49,10 @@ def decoder(run: Path) -> Decoder:
     return Decoder(loaded.model, loaded.arena)
 
 
-def start(run: Path, *arguments: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+def start(run: Path, *arguments: str, **pipes: Any) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     command = [sys.executable, "-m", "albor", "serve", str(run), "--port", "0", "--json", *arguments]
     environment = {**os.environ, "SERVE_KEY": KEY, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, **pipes)
     assert process.stdout is not None
     return process, json.loads(process.stdout.readline())
 
@@ -343,6 +343,27 @@ def test_a_signal_ends_it_in_order(run: Path, number: signal.Signals) -> None:
             *_, last = (line for line in lines if line)
         assert last == "data: [DONE]"  # who is being answered is answered to the end
         assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_second_signal_ends_it_at_once_and_quietly(run: Path) -> None:
+    """Though somebody is being let in, whose request does not come."""
+    process, said = start(run, stderr=subprocess.PIPE)
+    try:
+        with socket.create_connection(
+            ("127.0.0.1", int(said["url"].split(":")[2].partition("/")[0]))
+        ) as client:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n"
+            client.sendall(f"{head}Content-Type: application/json\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert b"100 Continue" in client.recv(100)  # it is reading
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.7)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=5)
+        assert (process.returncode, error) == (130, "")
     finally:
         process.kill()
         process.wait()

@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 from albor.errors import AlborError, ConfigError, Problem
 from albor.memory.shortage import explained
+from albor.signals import ONE_REQUEST_SECONDS
 
 _GRACE_SECONDS = 10  # what a request that is being answered gets when the server is to end
 _COMMAND_LINE = "command line"
@@ -26,6 +28,7 @@ def run_serve(
     run: Path, host: str, port: int, waiting: int, api_key_env: str | None, *, as_json: bool
 ) -> None:
     """Serves until SIGINT or SIGTERM; then no one new is let in, and who is being answered has some seconds.
+    A second signal ends the process at once.
 
     Raises ConfigError where the extra is missing or the variable with the key is empty, CannotListen, and
     what `load_to_write` raises.
@@ -51,13 +54,21 @@ def run_serve(
         config = uvicorn.Config(
             application, log_level="warning", access_log=False, lifespan="off", ws="none",
             server_header=False, timeout_graceful_shutdown=_GRACE_SECONDS,
+            loop="asyncio", http="h11",  # not what else happens to be installed
         )  # fmt: skip
         server = uvicorn.Server(config)
+        asked: list[float] = []  # when a signal came
 
         def end(number: int, frame: FrameType | None) -> None:
+            """The second one ends the process: uvicorn would say much about what it then breaks off."""
+            asked.append(time.monotonic())
+            if asked[-1] - asked[0] > ONE_REQUEST_SECONDS:
+                os._exit(128 + number)
             server.should_exit = True
 
-        # uvicorn repeats a signal for the handlers from before, once it has ended in order: these.
+        server.handle_exit = end  # type: ignore[assignment, method-assign]
+
+        # uvicorn's own, which it puts in place of those from before: but it may be asked before it runs.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
         _announce(

@@ -80,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Fewer points
 
 
-@given(st.lists(st.floats(width=32), min_size=1, max_size=300), st.integers(4, 60))
+@given(st.lists(st.floats(width=32), min_size=40, max_size=200), st.integers(4, 60))
 def test_thinning_keeps_the_ends_the_extremes_and_the_gaps(values: list[float], limit: int):
     places = thin(values, limit)
     assert places == sorted(set(places))
@@ -189,7 +189,8 @@ def test_every_chart_has_its_data(run: Path, tmp_path: Path):
     assert kinds == {*lines, "heat", "memory", "shares", "timeline", "tasks"}
     (found,) = data["runs"]
     loss = found["series"]["train/loss"]
-    assert len(loss["s"]) == len(loss["t"]) == len(loss["h"]) == len(loss["y"]) == loss["of"] == 120
+    assert found["tokens_per_step"] == 131072
+    assert len(loss["s"]) == len(loss["h"]) == len(loss["y"]) == loss["of"] == 120
     assert loss["y"].count(None) == 1  # not finite: a gap
     assert found["heat"]["maps"].keys() == {"block", "attention", "mlp"}
     groups = found["heat"]["maps"]["attention"]["groups"]
@@ -204,6 +205,16 @@ def test_every_chart_has_its_data(run: Path, tmp_path: Path):
         (level["label"], level["y"]) for chart in data["charts"] for level in chart.get("references", ())
     }
     assert levels == {("gzip", 2.07), ("xz", 1.8), ("clipped", 1.0)}
+
+
+def test_steps_of_another_size_keep_their_tokens(tmp_path: Path):
+    run = make_run(tmp_path / "regrown", rows=20)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[-1]["tokens"] += 1000
+    write_lines(run / "metrics.jsonl", lines)
+    (found,) = report(run, out=tmp_path / "x.html").data["runs"]
+    assert found["tokens_per_step"] is None
+    assert found["series"]["train/loss"]["t"][-1] == lines[-1]["tokens"]
 
 
 def test_planned_and_measured_memory_add_up(run: Path, tmp_path: Path):
@@ -270,10 +281,10 @@ def test_long_runs_are_thinned_and_their_spikes_are_there(tmp_path: Path):
     for found in page.data["runs"]:
         norm = found["series"]["train/grad_norm"]
         assert norm["of"] == 4000
-        assert 600 < len(norm["y"]) <= 750
+        assert 500 < len(norm["y"]) <= 600
         assert max(norm["y"]) == 41.0
         assert len(found["heat"]["s"]) == 120
-    assert "749 of 4,000 rows are drawn" in page.texts["panel-norm"]
+    assert "599 of 4,000 rows are drawn" in page.texts["panel-norm"]
 
 
 # Nothing in it comes alive

@@ -126,6 +126,10 @@ def test_every_chart_is_drawn_legible_and_on_the_screen(browser: Any, pages: Pat
         assert [name for name in CHARTS if not tab.evaluate(MARKS, name)] == []
         assert tab.evaluate("document.documentElement.scrollWidth") == width
         assert tab.evaluate(CONTRAST) == []
+        titles = "[...new Set([...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title))]"
+        assert set(tab.evaluate(titles)) == {"Zoom in", "Zoom out", "Zoom", "Pan", "Download plot"}
+        if width == 400:
+            return
         other = {"light": "dark", "dark": "light"}[scheme]
         before = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         tab.check(f"input[name=theme][value={other}]", force=True)
@@ -160,7 +164,11 @@ def test_mouse_and_keys_are_answered(browser: Any, pages: Path):
         spoken = tab.text_content("#spoken")
         series = tab.evaluate("JSON.parse(document.getElementById('data').textContent).runs[0].series")
         bits = series["val/bits_per_byte"]
-        assert spoken == f"{bits['t'][1]:,} tokens: held-out {bits['y'][1]:.4f}"
+        assert spoken == f"{bits['s'][1] * 131072:,} tokens: held-out {bits['y'][1]:.4f}"
+
+        with tab.expect_download() as download:
+            tab.click("#chart-loss [data-title='Download plot']")
+        assert Path(download.value.path()).read_text().startswith("<svg")
 
         # A stretch that is drawn with the mouse is shown by all.
         whole = range_of(tab, "loss")

@@ -111,17 +111,31 @@ def is_share(metric: str) -> bool:
 
 
 def _run(run: Gathered, tasks: dict[str, Any]) -> dict[str, Any]:
-    memory = run.memory
+    memory, rate = run.memory, _tokens_per_step(run)
     return {
         "label": run.label,
         "span": run.span,
-        "series": run.series,
+        "tokens_per_step": rate,
+        "series": {
+            name: series if rate is None else {key: series[key] for key in series if key != "t"}
+            for name, series in run.series.items()
+        },
         "heat": run.heat,
         "events": [{key: event[key] for key in _EVENT_KEYS} for event in run.events],
         "memory": None if memory is None else {key: memory[key] for key in ("planned", "measured")},
         "shares": run.shares,
         "tasks": tasks,
     }
+
+
+def _tokens_per_step(run: Gathered) -> float | None:
+    """What a step has been in tokens; None where that was not the same all the time. The tokens of each point
+    need not be in the page then, which are a third of it.
+    """
+    pairs = [pair for series in run.series.values() for pair in zip(series["s"], series["t"], strict=True)]
+    rates = {tokens / step for step, tokens in pairs if step and tokens is not None}
+    whole = len(rates) == 1 and all(tokens is not None for _, tokens in pairs)
+    return rates.pop() if whole else None
 
 
 def _references(chart: Chart, runs: Sequence[Gathered]) -> Iterator[dict[str, Any]]:

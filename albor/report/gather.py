@@ -33,7 +33,7 @@ SERIES = (
 PARTS = ("", "/attention", "/mlp")  # of a block, each with a gradient norm
 
 # What a page holds of all runs together; a run gets its share.
-_POINTS = 3000  # of each series
+_POINTS = 2400  # of each series
 _MOST_POINTS = 1500  # of each series of one run: a screen has no more columns
 _COLUMNS = 480  # of the heat maps of gradient norms
 _MOST_COLUMNS = 160

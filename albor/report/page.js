@@ -4,6 +4,9 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const runs = data.runs;
+  for (const run of runs)
+    for (const series of Object.values(run.series))
+      series.t ||= series.s.map((step) => step * run.tokens_per_step);
   const state = { axis: "t", logX: false, logY: false, range: null, hidden: new Set(), heatRun: 0, heatPart: "block" };
   const AXES = { t: "tokens", h: "hours of training", s: "steps" };
   const DASHES = ["solid", "dash", "dot", "dashdot"];
@@ -314,10 +317,11 @@
 
   const DRAW = { line: drawLine, heat: drawHeat, memory: drawMemory, shares: drawShares, timeline: drawTimeline, tasks: drawTasks };
 
+  // The buttons are named one by one: by default plotly.js has one that sends the chart to its makers' server.
   const CONFIG = {
     responsive: true, displaylogo: false, scrollZoom: false, doubleClick: false,
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "resetScale2d"],
-    toImageButtonOptions: { format: "svg" },
+    modeBarButtons: [["zoomIn2d", "zoomOut2d"], ["zoom2d", "pan2d"], ["toImage"]],
+    showSendToCloud: false, plotlyServerURL: "", toImageButtonOptions: { format: "svg" },
   };
 
   function heightOf(chart) {

@@ -322,6 +322,7 @@ def test_hours_become_tokens_once(ladder: Path, commands: Commands):
     assert result.code == 0, result.err
     assert commands.names()[:2] == ["train one", "canary one"], "the timed steps come first"
     assert "train.max_steps=12" in commands.called[0]
+    assert json.loads(result.out)["passed"] is True
     budget = json.loads(result.out)["rungs"][0]["budget"]
     # 3.6 seconds at the 1,001 tokens/s (median) that the stand-in logs, in whole steps of 96 tokens.
     assert budget["tokens"] == 3552

@@ -178,7 +178,10 @@ class Climb:
         self.state.set(planned.name, "skipped", False)
         if not finished(planned):
             if planned.rung.hours is not None and self._tokens(planned) is None:
+                fits = self.state.result(planned, "fits")
                 planned = self.rungs[index] = self._probe(planned)
+                if fits is not None:  # memory does not depend on a run's length
+                    self.state.judged(planned, fits)
             if problems := self._prepare(planned):
                 raise ConfigError(problems)
         self._say(f"{planned.name}: {_describe(planned)}")

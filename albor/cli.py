@@ -915,7 +915,7 @@ def monitor(
 @runs_app.command("ls")
 def runs_ls(
     directory: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Where runs lie, at most three directories deep.")
+        Path, typer.Argument(metavar="DIR", help="Where runs lie, at most three directories deep.")
     ] = Path("runs"),
     sort: Annotated[
         str,

@@ -19,6 +19,7 @@ from export_cases import make_source
 from run_cases import Result, call, tree
 from safetensors.torch import load_file
 
+from albor import checkpoint
 from albor.checkpoint import find_latest
 from albor.errors import AlborError
 from albor.export import card, command, directory, hf
@@ -278,6 +279,22 @@ def test_a_corrupt_checkpoint_is_named_and_leaves_nothing(run: Path, tmp_path: P
     assert "weights.safetensors: content differs from what was saved" in result.err
     assert tree(tmp_path) == before
     assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.parametrize("arguments", [("hf",), ("gguf", "--dtype", "q8_0"), ("onnx", "--no-check")])
+def test_weights_that_are_no_numbers_are_not_exported(arguments: tuple[str, ...], run: Path, tmp_path: Path):
+    newest = find_latest(run / "checkpoints")
+    assert newest is not None
+    weights = load_file(newest / "weights.safetensors")
+    weights["blocks.01.mlp.down"][3, 5] = torch.nan
+    files = {path.name: path.read_bytes() for path in newest.iterdir() if path.suffix in (".yaml", ".model")}
+    saved = tmp_path / "run" / "checkpoints"
+    state = checkpoint.read_state(newest)
+    checkpoint.save(saved, 24, {"weights": weights}, state, files, checkpoint.Retention(keep_last=1))
+    result = export(tmp_path / "run", "--to", *arguments, "--out", tmp_path / "out")
+    assert result.code == 1
+    assert "model.layers.1.mlp.down_proj.weight has values that are NaN or infinite" in result.err
+    assert names(tmp_path) == {"run"}
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(

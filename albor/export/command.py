@@ -96,6 +96,7 @@ def export(
         check_target(target)
     report("reading the checkpoint", 0, None)
     source = open_source(path, model_license)
+    _check_weights(source)
     dtypes = {format.name: dtype or format.default_dtype(source) for format in formats}
     for format in formats:
         format.check(source, dtypes[format.name])
@@ -114,6 +115,16 @@ def _check_dtype(formats: Sequence[Format], dtype: str | None) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def _check_weights(source: Source) -> None:
+    """Raises AlborError where a weight is no number, which some formats would store as another one."""
+    for name, tensor in hf_tensors(source.loaded.arena, source.architecture):
+        if not tensor.isfinite().all():
+            raise AlborError(
+                f"{source.checkpoint}: {name} has values that are NaN or infinite: the training diverged, or "
+                "they were damaged since; use an earlier checkpoint"
+            )
 
 
 def _export_one(

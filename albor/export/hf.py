@@ -121,7 +121,8 @@ def write_weights(
         rounded = {piece.name: tensors[piece.name].to(torch_dtype) for piece in group}
         for tensor_name, tensor in rounded.items():
             if not tensor.isfinite().all():
-                raise CannotCarry(f"{tensor_name} has values that {dtype} cannot hold; take --dtype bf16")
+                wider = "bf16" if dtype == "fp16" else "fp32"
+                raise CannotCarry(f"{tensor_name} has values that {dtype} cannot hold; take --dtype {wider}")
         write_tensors(directory / name, rounded, written)
         weight_map |= dict.fromkeys(rounded, name)
     if len(groups) > 1:

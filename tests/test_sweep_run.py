@@ -55,7 +55,7 @@ class FakeChild:
     and more diverges, 0.5 fails, 0.25 does not fit, 0.125 is killed."""
 
     started: list[list[str]] = []  # noqa: RUF012  (of the test that runs)
-    while_it_runs: Callable[[], None] | None = None
+    while_it_runs: Callable[[], bool] | None = None  # whether it needs another moment
     live = most_live = 0
 
     def __init__(self, arguments: list[str], on_line: Callable[[str], None], output: Any = None):
@@ -81,11 +81,11 @@ class FakeChild:
     def stop(self) -> None:
         self.asked = True
 
-    def poll(self) -> int:
-        if FakeChild.while_it_runs is not None:
-            FakeChild.while_it_runs()
+    def poll(self) -> int | None:
         if self.asked:
             return 75
+        if FakeChild.while_it_runs is not None and FakeChild.while_it_runs():
+            return None
         rate, config = self.config.optimizer.lr, self.config
         if rate >= 0.125:
             return 3 if rate >= 1 else {0.5: 1, 0.25: 4, 0.125: -signal.SIGKILL}[rate]
@@ -182,15 +182,18 @@ def test_an_interrupted_sweep_goes_on_as_if_it_had_not_been(project, fake, metho
 
     fake.started.clear()
     interrupted = 0
+    sent: set[int] = set()
     while True:
-        goal = len(fake.started) + 3
+        due = len(fake.started) + 3
 
-        def interrupt(goal: int = goal) -> None:
-            if len(fake.started) == goal and not fake.while_it_runs_done:
-                fake.while_it_runs_done = True
-                os.kill(os.getpid(), signal.SIGTERM)
+        def interrupt(due: int = due) -> bool:
+            """In the midst of the third trial from here, once."""
+            if len(fake.started) < due or due in sent:
+                return False
+            sent.add(due)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return True
 
-        fake.while_it_runs_done = False
         fake.while_it_runs = staticmethod(interrupt)
         result = call("sweep", path)
         if result.code == 0:

@@ -11,12 +11,12 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench bench-gpu torture aot clean
+.PHONY: quickstart test check bench bench-gpu torture aot browser clean
 
 quickstart: .venv/installed
 	$(BIN)/albor train configs/quickstart.yaml
 
-test: .venv/installed-dev
+test: .venv/installed-dev browser
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 check: .venv/installed-dev
@@ -38,6 +38,14 @@ bench-gpu: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m pip install --quiet --no-deps litgpt==0.5.13
 	$(BIN)/python benchmarks/gpu.py
+
+# The report's page is looked at in a browser. Root on Debian or Ubuntu gets one; elsewhere those tests are skipped, and
+# say so.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+	echo "no browser: the tests of the report's page will be skipped; apt-get install chromium brings one"
 
 clean:
 	rm -rf .venv build dist *.egg-info

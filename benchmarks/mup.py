@@ -32,7 +32,7 @@ from albor.memory.plan import plan_training
 from albor.train.session import open_session
 
 RECORD = Path(__file__).parent / "results" / "mup.json"
-WIDTHS, STEPS, EXPONENTS = (64, 128, 256), 60, range(-11, -3)
+WIDTHS, STEPS, EXPONENTS = (64, 128, 256), 60, range(-10, -4)
 HEAD_WIDTH = 32
 WAYS = ("standard", "muP")
 
@@ -45,7 +45,7 @@ def make_config(width: int, base: int | None, lr: float, steps: int, cache: str)
         "model": {
             "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2,
             "num_attention_heads": heads, "num_key_value_heads": heads // 2, "vocab_size": 512,
-            "max_position_embeddings": 64, "mup_base_width": base,
+            "max_position_embeddings": 64, "initializer_range": 0.08, "mup_base_width": base,
         },
         "tokenizer": {"sample_bytes": 1_000_000},
         "data": {

@@ -7,6 +7,7 @@ test_ops.py and test_kernels_adamw.py.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from albor.model.transformer import Transformer
 from albor.ops import UpdateScalars
 from albor.train.step import Trainer, TrainState
 
+ROOT = Path(__file__).parent.parent
 RATES = {"kind": "constant", "min_lr_ratio": 1.0}
 
 
@@ -256,6 +258,22 @@ def test_activations_keep_their_scale_as_the_model_gets_wider(tied: bool):
 
 def test_without_it_they_grow_with_the_width():
     assert min(slopes(None, tied=True).values()) > 0.5
+
+
+def test_the_documented_sweep_is_the_record():
+    """Of benchmarks/mup.py: the page has its losses, and claims no less movement than there was."""
+    record = json.loads((ROOT / "benchmarks/results/mup.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/mup.md").read_text(encoding="utf-8")
+    moved = {way: np.ptp(list(best.values())) for way, best in record["best_exponent"].items()}
+    assert {way: f"{distance:.1f}" for way, distance in moved.items()} == {"standard": "0.9", "muP": "0.3"}
+    assert "without muP by 0.9 of a doubling, with it by 0.3" in " ".join(page.split())
+    for way, by_width in record["losses"].items():
+        for width, losses in by_width.items():
+            (row,) = [line for line in page.splitlines() if line.startswith(f"| {way} | {width} |")]
+            best = record["best_exponent"][way][width]
+            cells = [f"{loss:.3f}" for loss in losses.values()]
+            cells.append("beyond" if best is None else f"2^{best:.2f}")
+            assert row.removeprefix(f"| {way} | {width} | ") == " | ".join(cells) + " |"
 
 
 # What is refused

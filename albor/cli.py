@@ -912,6 +912,41 @@ def monitor(
     raise typer.Exit(run_monitor(run, interval, once=once, as_json=as_json))
 
 
+@app.command()
+def track(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
+    to: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TRACKER",
+            help="tensorboard, trackio or wandb; several with commas, or given several times.",
+        ),
+    ],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run that is over to TensorBoard, trackio or wandb, in place of what they have of it.
+
+    \b
+    albor track runs/my-run --to tensorboard
+    albor track runs/my-run --to trackio,wandb track.project=my-models
+    albor track runs/my-run --to wandb track.wandb_mode=online
+
+    While it trains, track.to in its configuration does that. Needs
+    pip install 'albor\\[track]'.
+
+    Exit code 1: the run is being trained, or a tracker failed; 2: it is no run,
+    or the tracker is not installed.
+    """
+    from albor.trackers.command import run_track
+
+    console = _console(stderr=as_json)
+    code = run_track(
+        run, to, overrides or [], lambda line: console.out(line, highlight=False), as_json=as_json
+    )
+    raise typer.Exit(code)
+
+
 @runs_app.command("ls")
 def runs_ls(
     directory: Annotated[
@@ -991,41 +1026,6 @@ def runs_compare(
     from albor.runs.compare import run_compare
 
     run_compare(runs, everything, as_json, _console())
-
-
-@app.command()
-def track(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)],
-    to: Annotated[
-        list[str],
-        typer.Option(
-            metavar="TRACKER",
-            help="tensorboard, trackio or wandb; several with commas, or given several times.",
-        ),
-    ],
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a run that is over to TensorBoard, trackio or wandb, in place of what they have of it.
-
-    \b
-    albor track runs/my-run --to tensorboard
-    albor track runs/my-run --to trackio,wandb track.project=my-models
-    albor track runs/my-run --to wandb track.wandb_mode=online
-
-    While it trains, track.to in its configuration does that. Needs
-    pip install 'albor\\[track]'.
-
-    Exit code 1: the run is being trained, or a tracker failed; 2: it is no run,
-    or the tracker is not installed.
-    """
-    from albor.trackers.command import run_track
-
-    console = _console(stderr=as_json)
-    code = run_track(
-        run, to, overrides or [], lambda line: console.out(line, highlight=False), as_json=as_json
-    )
-    raise typer.Exit(code)
 
 
 @app.command()
@@ -1174,42 +1174,6 @@ def bench(
 
 
 @app.command()
-def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories, at most 24.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.", show_default=False)],
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace FILE even if albor report did not make it.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write one page about one or several runs: an HTML file that needs no network.
-
-    \b
-    albor report runs/my-run --out my-run.html
-    albor report runs/a runs/b runs/c --out compared.html
-
-    Losses and bits per byte over tokens or hours, gradient norms by block, speed,
-    memory planned and measured, data, events, evaluations, samples, configuration
-    and environment. What was not measured says so. Several runs are drawn over
-    each other.
-
-    It may be made while a run trains, and never writes into one. FILE is written
-    whole or not at all; one that albor report made is replaced.
-    """
-    from albor.report.command import write_report
-
-    written = write_report(runs, out, force=force)
-    if as_json:
-        print(json.dumps(written.as_json()))
-        return
-    for problem in written.problems:
-        print(f"albor: {problem}", file=sys.stderr)
-    print(f"{written.path}: {written.size / 1e6:.1f} MB; open it in a browser")
-
-
-@app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The sweep's YAML file.", show_default=False)],
     dry_run: Annotated[
@@ -1268,6 +1232,42 @@ def sweep(
         raise ConfigError([Problem("--gpu", problem, "add --dry-run, or leave it out", "command line")])
     with StopRequest() as stop:
         run_sweep(file, console, stop, json_wanted=as_json, plot=plot, other=other, retry=retry)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, at most 24.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace FILE even if albor report did not make it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one page about one or several runs: an HTML file that needs no network.
+
+    \b
+    albor report runs/my-run --out my-run.html
+    albor report runs/a runs/b runs/c --out compared.html
+
+    Losses and bits per byte over tokens or hours, gradient norms by block, speed,
+    memory planned and measured, data, events, evaluations, samples, configuration
+    and environment. What was not measured says so. Several runs are drawn over
+    each other.
+
+    It may be made while a run trains, and never writes into one. FILE is written
+    whole or not at all; one that albor report made is replaced.
+    """
+    from albor.report.command import write_report
+
+    written = write_report(runs, out, force=force)
+    if as_json:
+        print(json.dumps(written.as_json()))
+        return
+    for problem in written.problems:
+        print(f"albor: {problem}", file=sys.stderr)
+    print(f"{written.path}: {written.size / 1e6:.1f} MB; open it in a browser")
 
 
 @app.command()

@@ -69,7 +69,7 @@ def run_of(
 ) -> RunLog:
     """That run, read; `rows` and `events` instead of the good ones."""
     shown = logged(config) if rows is None else list(rows)
-    return RunLog(config, shown, list(events), final_of(config, **final))
+    return RunLog(config, shown, [{"event": "started", "step": 0}, *events], final_of(config, **final))
 
 
 def write_run(directory: Path, run: RunLog) -> None:

@@ -18,7 +18,7 @@ from run_cases import Result, call
 from albor.config import RunConfig
 from albor.export import hf
 from albor.filelock import lock_file
-from albor.ladder import climb, gates, readback
+from albor.ladder import climb, command, gates, readback
 from albor.ladder.file import CanaryGate
 from albor.ladder.gates import RunLog
 from albor.ladder.readback import read_back
@@ -131,6 +131,32 @@ def test_a_run_directory_that_is_gone_is_trained_again(ladder: Path, commands: C
     commands.called = []
     assert up(ladder).code == 0
     assert commands.names() == ["train two", "export two"]
+
+
+def test_what_a_run_was_does_not_stand_for_the_one_after_it(ladder: Path, commands: Commands):
+    up(ladder)
+    shutil.rmtree("runs/steps/two")
+    commands.run = lambda config: dataclasses.replace(good(config), final=final_of(config, 0.3))
+    rung = json.loads(up(ladder, "--json").out)["rungs"][1]
+    assert (rung["result"]["loss"], rung["comparison"]["loss"]) == (0.3, 0.3)
+    # The same, trained by hand.
+    final = Path("runs/steps/two/eval/final.json")
+    final.write_text(final.read_text().replace("0.3", "9.9"))
+    result = up(ladder, "--json")
+    rung = json.loads(result.out)["rungs"][1]
+    assert "two: has been trained anew since" in result.err
+    assert (result.code, rung["result"]["loss"], rung["state"]) == (1, 9.9, "failed")
+
+
+def test_lines_that_are_no_rows_are_said(ladder: Path, commands: Commands):
+    up(ladder)
+    STATE.unlink()
+    with open("runs/steps/one/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "train\n')
+    result = up(ladder)
+    number = Path("runs/steps/one/metrics.jsonl").read_text().count("\n")
+    assert f"one: runs/steps/one/metrics.jsonl:{number}: not a row of metrics, and left out" in result.out
+    assert result.code == 0
 
 
 # Gates that fail
@@ -374,6 +400,39 @@ def test_a_state_file_that_is_not_ours_is_refused_and_kept(ladder: Path, command
         assert (result.code, said in result.err, "move it away" in result.err) == (1, True, True)
         assert STATE.read_text() == content
     assert commands.called == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gates", []),
+        ("gates", {"fits": 3}),
+        ("gates", {"fits": {"key": {}, "result": {}}}),
+        ("result", 3),
+        ("result", {"sha256": "x", "value": {}}),
+        ("baselines", {"sha256": "x", "value": {"unigram": 3.0}}),
+        ("prediction", {"sha256": "x"}),
+        ("budget", 7),
+    ],
+)
+def test_a_state_file_that_is_damaged_inside(ladder: Path, commands: Commands, key: str, value: Any):
+    up(ladder)
+    content = json.loads(STATE.read_text())
+    content["rungs"]["one"][key] = value
+    STATE.write_text(json.dumps(content))
+    commands.called = []
+    result = up(ladder)
+    assert (result.code, "is not what a ladder writes" in result.err) == (1, True)
+    assert (json.loads(STATE.read_text()), commands.called) == (content, [])
+
+
+def test_a_directory_that_cannot_be_locked_is_said(
+    ladder: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
+):
+    unlocked = (os.open(ladder, os.O_RDONLY), "No locks available")
+    monkeypatch.setattr(command, "lock_file", lambda path: unlocked)
+    result = up(ladder)
+    assert (result.code, "runs/steps cannot be locked (No locks available)" in result.out) == (0, True)
 
 
 def test_a_second_ladder_waits(ladder: Path, commands: Commands):

@@ -3,6 +3,7 @@ what it could not judge."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -145,6 +146,35 @@ def test_a_gradient_that_is_skipped_is_the_guards_to_judge():
     assert gates.gradients(GradientsGate(), run_of(CONFIG, rows, events)).status == "passed"
 
 
+def test_fp16s_search_for_its_scale_is_no_fault():
+    # Each such step is logged, with norms that are not finite: every fp16 run begins with some.
+    rows = [dict(row) for row in logged(CONFIG)]
+    infinite = [name for name in rows[0] if name.startswith("gradients/")]
+    for row in rows[:2]:
+        row |= dict.fromkeys(infinite) | {"non_finite": dict.fromkeys(infinite, "inf")}
+    scales = [{"event": "loss_scale", "step": step, "scale": 2.0**15} for step in (1, 2)]
+    assert gates.gradients(GradientsGate(), run_of(CONFIG, rows, scales)).status == "passed"
+    assert gates.gradients(GradientsGate(), run_of(CONFIG, rows, scales[:1])).status == "failed"
+    assert gates.skipped_steps(SkippedStepsGate(at_most=0), run_of(CONFIG, rows, scales)).status == "passed"
+
+
+def test_one_step_that_was_left_out_does_not_speak_for_the_others():
+    rows = [dict(row) for row in logged(CONFIG) if "val/loss" not in row or row["step"] == CONFIG.steps]
+    for row in rows:
+        if row["step"] in (50, 99) and "train/loss" in row:
+            row |= {"train/loss": None, "non_finite": {"train/loss": "nan"}}
+    run = run_of(CONFIG, rows)
+    for found in (
+        gates.unigram(UnigramGate(by_step=50), run, 5.0),  # events are not known while it trains
+        gates.validation(ValidationGate(), run),
+    ):
+        assert found.status == "passed", found
+    for row in rows:
+        if "train/loss" in row and row["step"] <= 50:
+            row |= {"train/loss": None, "non_finite": {"train/loss": "nan"}}
+    assert gates.unigram(UnigramGate(by_step=50), run_of(CONFIG, rows), 5.0).status == "failed"
+
+
 def test_a_norm_that_grows_without_bound():
     grows = changed(logged(CONFIG), "gradients/block_00", lambda step, value: value * 1.1**step)
     found = gates.gradients(GradientsGate(), run_of(CONFIG, grows))
@@ -177,6 +207,8 @@ def test_skipped_steps():
     assert (failed.status, failed.value, failed.limit) == ("failed", 2, 1)
     assert "10, 11" in failed.measured
     assert gates.skipped_steps(SkippedStepsGate(at_most=2), with_skips(2)).status == "passed"
+    lost = dataclasses.replace(run_of(CONFIG), events=[])
+    assert gates.skipped_steps(SkippedStepsGate(), lost).status == "not checked"
 
 
 def test_validation():

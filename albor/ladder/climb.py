@@ -7,6 +7,7 @@ not judged again while the rung's resolved configuration and the gate's threshol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -43,10 +44,12 @@ from albor.ladder.state import State
 from albor.memory.estimate import Estimate, plan_for_training
 from albor.progress import show_progress
 from albor.runs.follow import Follower
+from albor.runs.record import FINAL
 from albor.train.signals import Stopped, StopRequest
 
 # Judged by what the training left, and so anew when it has gone on.
 _AFTER = ("unigram", "bigram", "gradients", "skipped_steps", "validation", "schedule_end", "export", "speed")
+_OF_A_RUN = ("result", "comparison", "trained")
 _PROBE_STEPS, _PROBE_FIRST = 12, 4  # of which the ones before are not timed
 _PASSED_ON = (2, 3, 4, 75)  # exit codes that keep their meaning
 _TEMPORARY = ".ladder-"
@@ -120,8 +123,17 @@ class Climb:
                 message = f"has been trained, and was another run then: {', '.join(changes)}"
                 remedy = f"undo that, rename the rung, or remove {planned.directory} to train it again"
                 problems.append(self.file.refuse_rung(planned, message, remedy))
+            elif trained:
+                self._forget_another_run(planned)
         if problems:
             raise ConfigError(problems)
+
+    def _forget_another_run(self, planned: Planned) -> None:
+        """What was found of a run that somebody has trained anew since does not hold for the new one."""
+        known = self.state.get(planned.name, "trained")
+        if known is not None and known != _digest_of_end(planned):
+            self._say(f"{planned.name}: has been trained anew since; what it left is judged again")
+            self.state.forget(planned, _AFTER, _OF_A_RUN)
 
     def _check_fits(self, first: int) -> None:
         """Of every rung that is still to be trained: the last one may be days away."""
@@ -179,6 +191,7 @@ class Climb:
         if not finished(planned):
             if planned.rung.hours is not None and self._tokens(planned) is None:
                 fits = self.state.result(planned, "fits")
+                self._prepare(planned)  # shows how far it is; the child that is timed shows nothing
                 planned = self.rungs[index] = self._probe(planned)
                 if fits is not None:  # memory does not depend on a run's length
                     self.state.judged(planned, fits)
@@ -221,7 +234,7 @@ class Climb:
         self._end_if_failed(planned, ("canary", "verify_resume"))
 
     def _train(self, planned: Planned) -> None:
-        self.state.forget(planned, _AFTER)
+        self.state.forget(planned, _AFTER, _OF_A_RUN)
         self._judge_unigram(planned, RunLog.read(planned.config, planned.directory))
         self._end_if_failed(planned, ("unigram",))  # on the disk already: going on would not mend that
         self._say(f"{planned.name}: training")
@@ -261,6 +274,9 @@ class Climb:
     def _after(self, planned: Planned) -> None:
         """The gates that a trained run is held against: all of them, so that one sees everything at once."""
         run = RunLog.read(planned.config, planned.directory)
+        for problem in run.problems:
+            self._say(f"{planned.name}: {problem}")
+        self.state.set(planned.name, "trained", _digest_of_end(planned))
         chosen = planned.gates
         wanted = chosen.unigram is not None or chosen.bigram is not None
         if wanted and self._baselines(planned) is None and (problems := self._prepare(planned)):
@@ -523,6 +539,11 @@ def finished(planned: Planned) -> bool:
     return (
         run.final is not None and run.final.get("step") == planned.config.steps and not changed_keys(planned)
     )
+
+
+def _digest_of_end(planned: Planned) -> str:
+    """Names what the rung's run came to; equal runs come to the same."""
+    return hashlib.sha256((planned.directory / FINAL).read_bytes()).hexdigest()[:16]
 
 
 def changed_keys(planned: Planned) -> list[str]:

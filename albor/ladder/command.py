@@ -38,7 +38,7 @@ def run_ladder(path: Path, start: str | None, console: Console, *, print_json: b
     """
     file = load_ladder(path)
     ended: AlborError | None = None
-    with _claimed(file.ladder.directory), StopRequest() as stop:
+    with _claimed(file.ladder.directory, console), StopRequest() as stop:
         stop.defer()
         state = State.open(file.ladder.directory, file.ladder.name)
         climb = Climb(file, state, console, stop)
@@ -67,7 +67,7 @@ def _write_report(file: LadderFile, text: str) -> None:
 
 
 @contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
+def _claimed(directory: Path, console: Console) -> Iterator[None]:
     """Keeps a second ladder out of the directory."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,11 @@ def _claimed(directory: Path) -> Iterator[None]:
         raise AlborError(
             f"another albor ladder is at work in {directory}; wait for it, or choose another name"
         )
+    handle, refusal = claimed
+    if refusal:
+        warning = f"{directory} cannot be locked ({refusal}); see to it that no other ladder works in it"
+        console.out(warning, highlight=False)
     try:
         yield
     finally:
-        os.close(claimed[0])
+        os.close(handle)

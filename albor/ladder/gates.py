@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +31,8 @@ from albor.ladder.file import (
 )
 from albor.memory.estimate import Estimate
 from albor.metric_names import metric_names
-from albor.runlog import EVENTS, METRICS, known_metric, read_rows
+from albor.runlog import EVENTS, METRICS, known_metric
+from albor.runs.record import read_log
 from albor.train.schedule import learning_rate
 from albor.units import format_bytes
 
@@ -134,6 +135,7 @@ class RunLog:
     rows: list[Row]
     events: list[Row]
     final: Row | None = None  # eval/final.json: it has ended
+    problems: tuple[str, ...] = ()  # lines that are no rows: file, line, and that they are left out
 
     @classmethod
     def read(cls, config: RunConfig, directory: Path) -> RunLog:
@@ -142,9 +144,13 @@ class RunLog:
             final = json.loads((directory / "eval" / "final.json").read_bytes())
         except (OSError, ValueError):
             final = None
-        rows = [row for row in read_rows(directory / METRICS) if type(row.get("step")) is int]
-        events = list(read_rows(directory / EVENTS))
-        return cls(config, rows, events, final if isinstance(final, dict) else None)
+        rows, problems = read_log(
+            directory / METRICS, lambda row: type(row.get("step")) is int, "a row of metrics"
+        )
+        events, others = read_log(
+            directory / EVENTS, lambda row: isinstance(row.get("event"), str), "an event"
+        )
+        return cls(config, rows, events, final if isinstance(final, dict) else None, problems + others)
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of the rows that have this metric; NaN and infinity as they were."""
@@ -159,10 +165,34 @@ class RunLog:
     @property
     def skipped(self) -> set[int]:
         """Steps at which no weight moved, fp16's search for its scale aside."""
+        return self._steps(lambda event: event.get("action") == "skipped")
+
+    @property
+    def unmoved(self) -> set[int]:
+        """All steps at which no weight moved: their loss and norms need not be finite, and taught nothing."""
+        return self.skipped | self._steps(lambda event: event["event"] == "loss_scale")
+
+    def training_loss(
+        self, first: int, last: int, *, least: int = 0, most: int | None = None
+    ) -> float | None:
+        """The mean of train/loss in the rows behind step `first` up to step `last`, without the steps that
+        the guard left out: of the last `most`, and of the last `least` where fewer are behind `first`. None
+        where there are none.
+        """
+        unmoved = self.unmoved
+        rows = [(at, loss) for at, loss in self.series("train/loss") if at <= last and at not in unmoved]
+        # Events may not be known yet, while the run trains: what is not finite was left out.
+        rows = [row for row in rows if math.isfinite(row[1])] or rows
+        count = max(sum(at > first for at, _ in rows), least)
+        count = count if most is None else min(count, most)
+        return statistics.fmean(loss for _, loss in rows[-count:]) if count and rows else None
+
+    def _steps(self, chosen: Callable[[Row], bool]) -> set[int]:
+        kinds = ("skipped_step", "spike", "loss_scale")
         return {
             event["step"]
             for event in self.events
-            if event.get("event") in ("skipped_step", "spike") and event.get("action") == "skipped"
+            if event.get("event") in kinds and type(event.get("step")) is int and chosen(event)
         }
 
 
@@ -231,10 +261,10 @@ def unigram(gate: UnigramGate, run: RunLog, entropy: float) -> Result:
     step, limit = unigram_step(gate, run.config), entropy - gate.margin
     threshold = f"below {limit:.3f}, the unigram entropy{_less(gate.margin)}, by step {step:,}"
     validation = [loss for at, loss in run.series("val/loss") if at <= step][-1:]
-    rows = [loss for at, loss in run.series("train/loss") if step / 2 < at <= step][-_LAST_ROWS:]
+    training = run.training_loss(step // 2, step, most=_LAST_ROWS)
     measured = [(value, "validation") for value in validation]
-    if run.pure_loss and rows:
-        measured.append((statistics.fmean(rows), "training"))
+    if run.pure_loss and training is not None:
+        measured.append((training, "training"))
     reached = max((row["step"] for row in run.rows), default=0)
     if reached < step:
         return not_checked("unigram", f"the run is at step {reached:,}", threshold)
@@ -267,7 +297,8 @@ def gradients(gate: GradientsGate, run: RunLog) -> Result:
     config = run.config
     names = [name for name in metric_names(config) if name.startswith("gradients/")]
     threshold = f"no part 0 or not finite; growth at most {gate.growth:g}-fold"
-    rows = [row for row in run.rows if "train/loss" in row and row["step"] not in run.skipped]
+    unmoved = run.unmoved
+    rows = [row for row in run.rows if "train/loss" in row and row["step"] not in unmoved]
     if not rows:
         return not_checked("gradients", "no row is logged", threshold)
     for row in rows:
@@ -305,6 +336,8 @@ def trend(steps: Sequence[int], norms: Sequence[float]) -> float:
 def skipped_steps(gate: SkippedStepsGate, run: RunLog) -> Result:
     """Steps whose update was left out; fp16's search for its loss scale does not count."""
     limit = gate.at_most if gate.at_most is not None else 1 + run.config.steps // _STEPS_PER_SKIP
+    if not run.events:  # a run's first is that it has started
+        return not_checked("skipped_steps", f"there is no {EVENTS}", f"at most {limit}")
     count = len(run.skipped)
     shown = f" (steps {', '.join(map(str, sorted(run.skipped)[:5]))}{', ...' if count > 5 else ''})"
     measured = f"{count} of {run.config.steps:,}{shown if count else ''}"
@@ -323,12 +356,11 @@ def validation(gate: ValidationGate, run: RunLog) -> Result:
     at, lowest = min(losses, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
     rise = last - lowest
     final = known_metric(run.final, "val/loss")
-    training, before = run.series("train/loss"), ([0] + [step for step, _ in losses])[-2]
-    since = sum(step > before for step, _ in training)
-    rows = [loss for _, loss in training[-max(since, _LAST_ROWS) :]]
+    before = ([0] + [step for step, _ in losses])[-2]
+    training = run.training_loss(before, run.config.steps, least=_LAST_ROWS)
     gap = None
-    if run.pure_loss and rows and final is not None:
-        gap = final - statistics.fmean(rows)
+    if run.pure_loss and training is not None and final is not None:
+        gap = final - training
     shown = "gap not checked: the training loss has label smoothing or z-loss in it"
     if gap is not None:
         shown = f"gap {gap:+.3f}"

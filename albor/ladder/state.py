@@ -6,6 +6,7 @@ a later albor wrote, is refused and left as it is.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,20 @@ from albor import durable
 from albor.errors import AlborError
 from albor.ladder.file import Planned
 from albor.ladder.gates import Result
+from albor.ladder.ngrams import Baselines
+from albor.ladder.predict import Comparison, Prediction, Speed
 from albor.strictjson import from_json, read_bounded, to_json
 
 STATE = "ladder.json"
 VERSION = 1
+_WANTED = {  # what the entries of a rung hold at least
+    "budget": {"hours", "tokens"},
+    "baselines": {field.name for field in fields(Baselines)},
+    "prediction": {field.name for field in fields(Prediction)},
+    "predicted_speed": {field.name for field in fields(Speed)},
+    "result": {"parameters", "tokens", "loss", "tokens_per_second", "modelled_tokens_per_second", "hours"},
+    "comparison": {field.name for field in fields(Comparison)} | {"verdict"},
+}
 _REMEDY = "move it away, and the same command judges anew; what has been trained stays"
 
 
@@ -42,9 +53,11 @@ class State:
         if version != VERSION:
             known = f"this albor reads version {VERSION}"
             raise AlborError(f"{path} has version {version!r}, and {known}; {_REMEDY}")
-        rungs = content.get("rungs")
-        if not isinstance(rungs, dict) or not all(isinstance(rung, dict) for rung in rungs.values()):
-            raise AlborError(f"{path} is not what a ladder writes; {_REMEDY}")
+        try:
+            for rung in content["rungs"].values():
+                _check(rung)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise AlborError(f"{path} is not what a ladder writes; {_REMEDY}") from None
         return cls(path, content)
 
     def get(self, rung: str, key: str, planned: Planned | None = None) -> Any:
@@ -73,10 +86,14 @@ class State:
         gates[result.gate] = {"key": _key(planned, result.gate), "result": result.as_json()}
         self._save()
 
-    def forget(self, planned: Planned, gates: tuple[str, ...]) -> None:
-        """Drops what these gates have found: the rung is trained further, or again."""
-        known = self._content["rungs"].get(planned.name, {}).get("gates", {})
-        if [known.pop(gate) for gate in gates if gate in known]:
+    def forget(self, planned: Planned, gates: tuple[str, ...], keys: tuple[str, ...]) -> None:
+        """Drops what these gates have found, and what these `keys` hold: the rung is trained further, or
+        again.
+        """
+        rung = self._content["rungs"].get(planned.name, {})
+        known = rung.get("gates", {})
+        dropped = [known.pop(gate) for gate in gates if gate in known]
+        if dropped + [rung.pop(key) for key in keys if key in rung]:
             self._save()
 
     def _save(self) -> None:
@@ -84,6 +101,20 @@ class State:
             durable.replace_file(self._path, to_json(self._content))
         except OSError as error:
             raise AlborError(f"{self._path} cannot be written: {error.strerror or error}") from error
+
+
+def _check(rung: Any) -> None:
+    """Raises one of several errors where a rung's entry is not as `State` writes it."""
+    for found in rung.get("gates", {}).values():
+        dict(found["key"])
+        Result.from_json(found["result"]).as_json()
+    for key, wanted in _WANTED.items():
+        value = rung.get(key)
+        if value is not None and key != "budget":
+            str(value["sha256"])
+            value = value["value"]
+        if value is not None and not (wanted <= dict(value).keys() or "not_predicted" in value):
+            raise KeyError(key)
 
 
 def _key(planned: Planned, gate: str) -> dict[str, Any]:

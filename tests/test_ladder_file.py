@@ -169,6 +169,23 @@ def test_a_dry_run_plans_every_rung_and_touches_nothing(ladder: Path, monkeypatc
     assert "no speed is known" in table
 
 
+def test_a_dry_run_plans_what_would_be_trained(ladder: Path):
+    plan = json.loads(call("ladder", ladder, "--dry-run", "--from", "two", "--json").out)
+    assert [rung["name"] for rung in plan["rungs"]] == ["two"]
+    refused = call("ladder", ladder, "--dry-run", "--from", "three")
+    assert (refused.code, "three is no rung" in refused.err) == (2, True)
+
+
+def test_a_dry_run_holds_the_plan_against_the_gate(tmp_path: Path):
+    # 9.6 GiB of 79: its plan leaves less than 90 % free.
+    text = f"name: x\nrungs:\n  - {{name: a, config: {ROOT / 'configs' / 'pretrain-350m.yaml'}}}\n"
+    (tmp_path / "x.yaml").write_text(text + "gates: {fits: {free: 0.9}}\n")
+    found = call("ladder", tmp_path / "x.yaml", "--dry-run", "--gpu", "H100", "--json")
+    (rung,) = json.loads(found.out)["rungs"]
+    assert (found.code, rung["fits"]) == (4, False)
+    assert "less 90%" in rung["verdict"]
+
+
 def test_a_dry_run_on_a_card_that_is_not_here(ladder: Path):
     ladder.write_text(LADDER.replace("seed=3", "device=auto"))
     found = json.loads(call("ladder", SHIPPED[0], "--dry-run", "--gpu", "H100", "--json").out)

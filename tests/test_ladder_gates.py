@@ -117,6 +117,13 @@ def test_the_bigram_model_is_a_distribution():
         assert sum(probabilities) == pytest.approx(1.0, rel=1e-12)
 
 
+def test_a_pair_that_was_never_seen_is_possible_where_none_is_rare():
+    """Else the threshold were infinite, and any loss below it."""
+    text = np.array([0, 1] * 10 + [0])
+    found = cross_entropies([text], np.array([0]), np.array([2]), 3)
+    assert math.exp(-found.bigram) == pytest.approx(1 / 10 * 1 / 24, rel=1e-12)
+
+
 # Gradients
 
 

@@ -53,7 +53,7 @@ def ladder(
         problem = "asks about a card, and rungs train on the one that is here"
         raise ConfigError([Problem("--gpu", problem, "add --dry-run, or leave it out", "command line")])
     if dry_run:
-        raise typer.Exit(run_dry(file, gpu, console, print_json=as_json))
+        raise typer.Exit(run_dry(file, start, gpu, console, print_json=as_json))
     run_ladder(file, start, console, print_json=as_json)
 
 

@@ -97,18 +97,13 @@ class Climb:
     # What is known before anything is trained
 
     def _first(self, start: str | None) -> int:
-        names = [planned.name for planned in self.rungs]
-        if start is None:
-            return 0
-        if start not in names:
-            message = f"{start} is no rung of {self.file.path}"
-            raise ConfigError([Problem("--from", message, f"use {', '.join(names)}", "command line")])
-        for planned in self.rungs[: names.index(start)]:
+        first = self.file.index_of(start)
+        for planned in self.rungs[:first]:
             skipped = not self.has_passed(planned)
             self.state.set(planned.name, "skipped", skipped)
             if skipped:
                 self._say(f"{planned.name}: SKIPPED by --from, and has not passed its gates")
-        return names.index(start)
+        return first
 
     def has_passed(self, planned: Planned) -> bool:
         """Whether it has been trained, and every gate has been judged and none failed."""

@@ -22,9 +22,9 @@ from albor.runs.owner import LOCK
 from albor.train.signals import StopRequest
 
 
-def run_dry(path: Path, gpu: str | None, console: Console, *, print_json: bool) -> int:
-    """Prints every rung's plan; the exit code says whether all fit."""
-    content = plan_ladder(load_ladder(path), gpu)
+def run_dry(path: Path, start: str | None, gpu: str | None, console: Console, *, print_json: bool) -> int:
+    """Prints the plan of every rung from `start` on; the exit code says whether all fit."""
+    content = plan_ladder(load_ladder(path), gpu, start)
     if print_json:
         print(json.dumps(content))
     else:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from albor.errors import ConfigError, Problem
+from albor.ladder import gates
 from albor.ladder.file import LadderFile, Planned
 from albor.memory.cost import Duration
 from albor.memory.estimate import Estimate, estimate, plan_for_training
@@ -16,9 +17,11 @@ from albor.units import format_bytes, format_count
 Row = dict[str, Any]
 
 
-def plan_ladder(file: LadderFile, gpu: str | None) -> Row:
-    """Every rung's plan and cost on the card called `gpu`, or on this machine; what `--json` prints."""
-    rungs = [_plan(file, planned, gpu) for planned in file.rungs]
+def plan_ladder(file: LadderFile, gpu: str | None, start: str | None = None) -> Row:
+    """Plan and cost on the card called `gpu`, or on this machine, of every rung from `start` on, or from the
+    first; what `--json` prints. Raises ConfigError where there is no such rung.
+    """
+    rungs = [_plan(file, planned, gpu) for planned in file.rungs[file.index_of(start) :]]
     return {
         "ladder": file.ladder.name,
         "directory": str(file.ladder.directory),
@@ -39,8 +42,13 @@ def _plan(file: LadderFile, planned: Planned, gpu: str | None) -> Row:
     cost, duration = target.cost, _duration(target)
     tokens: int | None = cost.tokens
     hours = None if duration is None else duration.hours
-    note = "no speed is known for this machine" if duration is None else f"{duration.basis}: {duration.note}"
+    note = "no speed is known for this machine" if duration is None else duration.note
     kwh = None if duration is None else duration.kwh
+    verdict, fits = target.verdict, target.fits
+    if planned.gates.fits is not None and fits:  # more may have to stay free than the plan leaves
+        gate = gates.fits(planned.gates.fits, target)
+        if gate.status == "failed":
+            verdict, fits = f"does not fit: {gate.measured}, {gate.threshold}", False
     if planned.rung.hours is not None:
         hours, note = planned.rung.hours, "as the file says; how many tokens that is will be measured"
         tokens = None if duration is None else int(hours * 3600 * duration.tokens_per_second)
@@ -53,8 +61,8 @@ def _plan(file: LadderFile, planned: Planned, gpu: str | None) -> Row:
         "tokens": tokens,
         "steps": planned.config.steps if planned.rung.hours is None else None,
         "chinchilla_ratio": cost.chinchilla_ratio if planned.rung.hours is None else None,
-        "fits": target.fits,
-        "verdict": target.verdict,
+        "fits": fits,
+        "verdict": verdict,
         "required_bytes": target.required_bytes,
         "hours": hours,
         "kwh": kwh,

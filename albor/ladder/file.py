@@ -21,7 +21,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from albor.config import Fraction, Positive, RunConfig, Section, Text
 from albor.configfile import overlap, read_file, refused, validate_as
-from albor.errors import Problem
+from albor.errors import ConfigError, Problem
 from albor.overrides import Override, find_file, load_overridden
 from albor.strictjson import to_json
 from albor.units import Count, CountOrZero
@@ -259,6 +259,16 @@ class LadderFile:
     ladder: Ladder
     rungs: tuple[Planned, ...]
     document: Document  # for places
+
+    def index_of(self, start: str | None) -> int:
+        """The place of the rung that `--from` names; of the first where it names none. Raises ConfigError
+        where there is no such rung.
+        """
+        names = [planned.name for planned in self.rungs]
+        if start is not None and start not in names:
+            message = f"{start} is no rung of {self.path}"
+            raise ConfigError([Problem("--from", message, f"use {', '.join(names)}", "command line")])
+        return 0 if start is None else names.index(start)
 
     def refuse(self, planned: Planned, key: str, message: str, remedy: str = "") -> Problem:
         """A problem with a key of a rung's run, at the line of this file that sets it, if one does."""

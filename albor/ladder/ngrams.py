@@ -7,7 +7,8 @@ With counts c over tokens that the run trains on, N of them, and a vocabulary of
     bigram   p(w|v) = max(c(v, w) - d, 0) / c(v) + d t(v) / c(v) p(w)            (absolute discounting)
 
 where c(v) counts v as a predecessor, t(v) the different tokens that follow it, and d = n1 / (n1 + 2 n2) by
-the numbers of pairs that occur once and twice (Ney, Essen and Kneser 1994). A v that was never seen has p(w).
+the numbers of pairs that occur once (1 at least) and twice (Ney, Essen and Kneser 1994). A v that was never
+seen has p(w).
 
 Both are measured on exactly the targets of the run's final validation, and have read as many tokens as the
 run reads, `MOST_TOKENS` at most, each source by its share.
@@ -72,7 +73,8 @@ def cross_entropies(texts: Sequence[Tokens], before: Tokens, after: Tokens, voca
     keys = np.concatenate([text[:-1] * vocabulary + text[1:] for text in texts if len(text) > 1])
     pairs, occurrences = np.unique(keys, return_counts=True)
     once, twice = int((occurrences == 1).sum()), int((occurrences == 2).sum())
-    discount = once / (once + 2 * twice) if once else 0.0
+    once = max(once, 1)  # without a discount a pair that was never seen would be impossible
+    discount = once / (once + 2 * twice)
     first = pairs // vocabulary
     predecessors = np.bincount(first, weights=occurrences, minlength=vocabulary)
     followers = np.bincount(first, minlength=vocabulary)

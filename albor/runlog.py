@@ -24,10 +24,18 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def _counted(digits: str) -> int:
+    """A whole number as a run writes it: one that 64 bits do not hold is damage, and no float either."""
+    number = int(digits)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{digits[:20]}... is beyond 64 bits")
+    return number
+
+
 def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row that a line of a log is; None for what is none, such as half of one."""
     try:
-        row = json.loads(line.decode(errors="replace"))
+        row = json.loads(line.decode(errors="replace"), parse_int=_counted)
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -64,6 +64,8 @@ def test_pauses_between_two_processes_do_not_count_as_time_of_the_run():
     assert seen.reason == "resumed 1 time"
     # A process that was killed has no end: it counts until the last thing that is known of it.
     assert view(events=[event("started", 0, 0)], now=99.0, state="lost").elapsed_seconds == pytest.approx(12)
+    events = [event("started", 0, 0), event("checkpoint", 5, 10), event("resumed", 5, 1000)]
+    assert view(events=events, now=1005.0).elapsed_seconds == pytest.approx(10 + 5)
 
 
 def test_a_row_is_late_only_when_it_is_much_later_than_usual():

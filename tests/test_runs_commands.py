@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -415,3 +417,34 @@ def test_a_run_that_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert shown["seconds"] is not None
     line = call("runs", "ls").out.splitlines()[1]
     assert re.search(r"^tiny +finished +6/6 +\d", line)
+
+
+# What is wrong
+
+
+def test_a_number_that_no_run_writes_is_a_damaged_line_for_every_reader(runs: Path):
+    log = runs / "one" / "metrics.jsonl"
+    huge = "1" + "0" * 400
+    lines = log.read_text().splitlines()
+    damaged = [lines[0].replace('"step": ', f'"step": {huge}', 1), f'{{"step": 2, "tokens": {huge}}}']
+    assert all(huge in line for line in damaged)
+    log.write_text("\n".join([lines[0], *damaged, *lines[1:]]) + "\n")
+    assert [problem.split(":")[1] for problem in open_run(runs / "one").metrics().problems] == ["2", "3"]
+    for command in (("runs", "show", runs / "one"), ("monitor", runs / "one", "--json")):
+        assert call(*command).code == 0
+
+
+def test_a_run_is_not_compared_with_itself(runs: Path):
+    result = call("runs", "compare", runs / "one", runs / "two" / ".." / "one")
+    assert result.code == 2
+    assert "one is given twice; name each run once" in result.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which only Linux has")
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_output_that_a_full_disk_does_not_take_is_no_bug_of_ours(runs: Path, option: tuple[str, ...]):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "albor", "runs", "ls", str(runs), *option]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr == "albor: No space left on device; free some, and give the command again\n"

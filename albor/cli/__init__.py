@@ -4,6 +4,7 @@ once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -81,7 +82,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # our output's, say
+            place = f"{error.filename}: " if error.filename else ""
+            print(f"albor: {place}{error.strerror}; free some, and give the command again", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it
+            sys.exit(1)
         traceback.print_exc()
         print("albor: this is a bug in albor; please report it with the lines above", file=sys.stderr)
         sys.exit(1)

@@ -133,8 +133,10 @@ class History:
 
     def _take_event(self, event: Mapping[str, Any]) -> None:
         kind, step, when = event["event"], event.get("step"), seconds_of(event.get("time"))
-        self._last_event = when or self._last_event
+        before, self._last_event = self._last_event, when or self._last_event
         if kind in _BEGINNINGS:
+            if self.processes and self.processes[-1].ended is None:  # killed: the last that is known of it
+                self.processes[-1].ended = before
             self.processes.append(Process(when, step if _is_count(step) else 0))
             self.memory = None
             if kind == "started":

@@ -278,6 +278,12 @@ def run_compare(paths: Sequence[Path], everything: bool, as_json: bool, console:
             runs.append(open_run(path))
         except ConfigError as error:
             problems += error.problems
+    seen: set[Path] = set()
+    for run in runs:
+        if (place := run.directory.resolve()) in seen:
+            message = f"{run.directory} is given twice"
+            problems.append(Problem("RUN", message, "name each run once", "command line"))
+        seen.add(place)
     if len(paths) < 2:
         problems.append(Problem("RUN", "one run is compared with nothing", "give two", "command line"))
     if problems:

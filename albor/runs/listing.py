@@ -86,7 +86,7 @@ def _finite(value: float | None) -> float | None:
 def _check(root: Path, sort: str, states: Sequence[str]) -> None:
     problems = []
     if not root.is_dir():
-        what = "is a file" if root.is_file() else "does not exist"
+        what = "is no directory" if root.exists() else "does not exist"
         remedy = "give the directory that holds runs, such as runs"
         problems.append(Problem("DIR", f"{root} {what}", remedy, "command line"))
     if sort not in SORTS:

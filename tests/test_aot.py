@@ -196,11 +196,10 @@ def compile_for(*arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_the_kernels_of_every_shipped_configuration_compile_for_every_card() -> None:
-    launches = compile_for(*aot.SHIPPED)
-    assert {config for launch in launches for config in launch["configs"]} == {
-        Path(path).stem for path in aot.SHIPPED
-    }
+def test_the_kernels_of_a_shipped_configuration_compile_for_every_card() -> None:
+    """The others' launches are in the record, which another test holds against this code."""
+    launches = compile_for("configs/pretrain-350m.yaml")
+    assert {config for launch in launches for config in launch["configs"]} == {"pretrain-350m"}
     matrix = [launch for launch in launches if launch["kernel"].startswith("attention.")]
     assert len({launch["kernel"] for launch in matrix}) == 3  # forward, and a backward by queries and by keys
     expected = {"80": {"HMMA"}, "86": {"HMMA"}, "89": {"HMMA"}, "90": {"HGMMA"}, "120": {"HMMA"}}

@@ -260,6 +260,22 @@ def test_going_back_takes_the_rows_beyond_with_it(config: Path, run: Path):
         assert "the (no text: the logits were not finite)" in text
 
 
+def test_what_a_killed_trainer_had_not_handed_over_comes_when_the_run_goes_on(config: Path, run: Path):
+    log = [row(step, 0.5) for step in range(1, 7)]
+    for handed, logged in ((log[:3], log[:3]), ([], log)):
+        write_log(run, logged)
+        feeds = [Feed(tracker, run, settings(config)) for tracker in REAL]
+        for feed in feeds:
+            send(feed, {"rewind": logged[-1]["step"] if not handed else 0}, *({"row": r} for r in handed))
+            assert finish(feed, 1) is None
+    expected = {
+        "train/loss": [(step, 0.5) for step in range(1, 7)],
+        "tokens": [(step, step * 96) for step in range(1, 7)],
+    }
+    for reader in READERS.values():
+        assert_same(reader(run).series, expected)
+
+
 def write_log(run: Path, log: list[dict[str, Any]]) -> None:
     from albor.train.metrics import _encode
 

@@ -36,6 +36,12 @@ def past(directory: Path, step: int) -> Iterator[dict[str, Any]]:
     return messages(rows, read_rows(directory / EVENTS))
 
 
+def last_step(directory: Path, step: int) -> int:
+    """The last step up to `step` that metrics.jsonl has a row of; -1 for none."""
+    rows = read_rows(directory / METRICS)
+    return max((row["step"] for row in rows if is_row(row) and row["step"] <= step), default=-1)
+
+
 def messages(
     rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:

@@ -28,16 +28,19 @@ class TensorBoard:
 
     def rewind(self, step: int) -> bool:
         """Event files only grow: one that begins with SessionLog.START tells the reader to forget the steps
-        from there on (`purge_step` in PyTorch's SummaryWriter).
+        from there on (`purge_step` in PyTorch's SummaryWriter). What another process wrote is written anew:
+        it may have been killed before it had all.
         """
+        earlier = list(self._directory.glob("events.out.tfevents.*"))
         if self._writer is not None:
             self._writer.close()
-        earlier = list(self._directory.glob("events.out.tfevents.*"))
+        elif earlier:
+            step = -1
         if step < 0:
             for path in earlier:
                 path.unlink()
         self._writer = EventFileWriter(str(self._directory), flush_secs=10)
-        if step >= 0 and earlier:
+        if earlier:
             start = SessionLog(status=SessionLog.START)
             self._add(Event(step=step + 1, wall_time=time.time(), session_log=start))
         text = f"    {dump_config(self._config).rstrip()}".replace("\n", "\n    ")

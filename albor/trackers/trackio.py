@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from albor.trackers.rows import last_step
 from albor.trackers.sink import RunId, Source, describe_samples, directory_of
 
 
@@ -35,14 +36,15 @@ class Trackio:
 
     def rewind(self, step: int) -> bool:
         """trackio cannot forget rows of a run: one that has any beyond `step` is written anew, under its
-        name.
+        name. So is one that lacks the last before: the trainer was killed before it had handed them over.
         """
         import trackio
 
         if self._run is not None:
             self._run.finish()
         known = self._find()
-        if known is not None and step >= 0 and self._last_step(known) <= step:
+        logged = last_step(self._source.directory, step)
+        if known is not None and step >= 0 and logged <= self._last_step(known) <= step:
             self._run = self._begin(trackio, "must")
             if self._run.id == known.id:
                 return False

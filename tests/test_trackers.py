@@ -421,6 +421,17 @@ def test_a_tracker_that_hangs_is_ended_in_time_and_what_it_lacks_is_counted(
     assert feed._process.poll() == -signal.SIGKILL
 
 
+def test_a_slow_tracker_hears_of_the_end_though_its_queue_is_full(fake: Any, config: Path, run: Path):
+    fake(log="time.sleep(0.02)")
+    feed = Feed("wandb", run, settings(config), queued=2)
+    feed.put({"rewind": 0}, wait=True)
+    wide = row(1, 1.0) | {f"gradients/{number}": 0.1 for number in range(3000)}  # wider than a pipe
+    for step in range(1, 20):
+        feed.put({"row": wide | {"step": step}}, wait=True)
+    assert finish(feed, 0, seconds=5.0) is None
+    assert feed.left_out == 0
+
+
 def test_a_worker_ends_after_its_trainer_did(fake: Any, config: Path, run: Path):
     """Which was killed and could say nothing; the tracker hangs."""
     record = fake(finish="time.sleep(100)")
@@ -469,7 +480,9 @@ def test_a_stop_waits_for_a_hanging_tracker_only_so_long(
 
     monkeypatch.setattr(Loop, "_after_step", stop_at_5)
     monkeypatch.chdir(config.parent)
-    assert call("train", config, "track.to=[wandb]").code == 75
+    stopped = call("train", config, "track.to=[wandb]")
+    assert stopped.code == 75
+    assert "waiting for wandb to write what is left, at most 0.5 seconds" in stopped.out
     assert checkpoints(Path("runs/tiny"))[-1] == 5
     (failed,) = events(Path("runs/tiny"), "tracker_failed")
     assert failed["error"] == "it did not end within 0.5 seconds"

@@ -25,6 +25,7 @@ from albor.trackers.rows import messages
 
 QUEUED = 4096  # messages, of a kilobyte or two each
 CLOSE_SECONDS = 30.0  # that a tracker has from the end of the run
+_PATIENCE = 2.0  # seconds of waiting after which it is said
 _EVENTS = ("sample",)
 
 
@@ -43,7 +44,8 @@ class Feed:
         self.left_out = 0  # messages that the tracker did not get
         self.problem: str | None = None
         self._done = False
-        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(queued)
+        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._queued = queued
         command = [sys.executable, "-m", "albor.trackers.worker", tracker, str(directory)]
         # No GPU, no threads; a session of its own: a Ctrl-C that is typed is the trainer's.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -70,22 +72,31 @@ class Feed:
         as only a reader of an old run can.
         """
         while self.problem is None:
-            try:
-                self._queue.put(message, timeout=1.0 if wait else 0.0)
-            except queue.Full:
-                if wait:
-                    continue
+            if self._queue.qsize() < self._queued:
+                self._queue.put(message)
+                return
+            if not wait:
                 if "rewind" in message:  # what it would write from here on would stand there twice
                     self._fail("it did not keep up when the run went back")
                 break
-            return
+            time.sleep(0.01)
         self.left_out += 1
 
     def finish(self, exit_code: int) -> None:
-        """Nothing more comes; returns at once."""
-        self.put({"end": exit_code})
-        with suppress(queue.Full):
-            self._queue.put(None, timeout=0.0)
+        """Nothing more comes; returns at once. A full queue has room for this: a tracker that is slow, and
+        never hears of the end, would be waited for in vain.
+        """
+        self._queue.put({"end": exit_code})
+        self._queue.put(None)
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether the tracker's process ends in that time."""
+        if hasattr(self, "_process"):
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return False
+        return True
 
     def close(self, seconds: float, since: float | None = None) -> None:
         """Gives the tracker that long, from now or since then, to write what it has, and ends it."""
@@ -176,6 +187,9 @@ class Trackers:
         since = time.monotonic()
         for feed in self._feeds:
             feed.finish(exit_code)
+        late = [feed.tracker for feed in self._feeds if not feed.ends_within(min(_PATIENCE, seconds))]
+        if late:
+            self._say(f"waiting for {' and '.join(late)} to write what is left, at most {seconds:g} seconds")
         for feed in self._feeds:
             feed.close(seconds, since)
         self._report()

@@ -98,7 +98,7 @@ _GATE = {
     "unchecked": None,
     "checks": [{"check": "logits", "compared": "9", "found": "equal", "passed": True}],
 }
-EXPORT = {"exports": [{"format": "hf", "gate": _GATE}]}
+EXPORT = {"step": 9, "planned_steps": 9, "exports": [{"format": "hf", "gate": _GATE}]}
 
 Answer = tuple[int, Row | None]
 

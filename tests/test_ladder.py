@@ -148,6 +148,17 @@ def test_what_a_run_was_does_not_stand_for_the_one_after_it(ladder: Path, comman
     assert (result.code, rung["result"]["loss"], rung["state"]) == (1, 9.9, "failed")
 
 
+@pytest.mark.parametrize("content", ["seed: [", None])
+def test_a_run_of_which_nobody_can_say_what_it_was(ladder: Path, commands: Commands, content: str | None):
+    up(ladder)
+    path = Path("runs/steps/one/config.resolved.yaml")
+    path.unlink() if content is None else path.write_text(content)
+    commands.called = []
+    result = up(ladder)
+    assert (result.code, "one has been trained, and what it was cannot be read" in result.err) == (2, True)
+    assert (result.err.count("\n"), commands.called) == (1, [])
+
+
 def test_lines_that_are_no_rows_are_said(ladder: Path, commands: Commands):
     up(ladder)
     STATE.unlink()

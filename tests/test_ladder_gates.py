@@ -313,6 +313,8 @@ def test_export():
     found = gates.export(0, {"exports": [{"gate": unchecked}]})
     assert (found.status, "transformers" in found.measured) == ("not checked", True)
     assert gates.export(1, None, "disk full").status == "failed"
+    older = gates.export(0, {**EXPORT, "step": 8})  # `albor export` passes over a damaged checkpoint
+    assert (older.status, "of step 8, and the run ended at 9" in older.measured) == ("failed", True)
 
 
 def test_what_has_not_ended_is_not_judged():

@@ -44,7 +44,7 @@ from albor.ladder.state import State
 from albor.memory.estimate import Estimate, plan_for_training
 from albor.progress import show_progress
 from albor.runs.follow import Follower
-from albor.runs.record import FINAL
+from albor.runs.record import CONFIG, FINAL
 from albor.train.signals import Stopped, StopRequest
 
 # Judged by what the training left, and so anew when it has gone on.
@@ -332,7 +332,7 @@ class Climb:
         """
         if planned.rung.hours is not None and self.state.get(planned.name, "budget") is None:
             with suppress(ConfigError):
-                begun = load_config(planned.directory / "config.resolved.yaml")
+                begun = load_config(planned.directory / CONFIG)
                 found = {"hours": planned.rung.hours, "tokens": begun.train.max_tokens}
                 self.state.set(planned.name, "budget", found | {"tokens_per_second": None, "steps": None})
         tokens = self._tokens(planned)
@@ -542,11 +542,18 @@ def _digest_of_end(planned: Planned) -> str:
 
 
 def changed_keys(planned: Planned) -> list[str]:
-    """What is other than in the run that lies in the rung's directory: `optimizer.lr 0.001 -> 0.002`."""
+    """What is other than in the run that lies in the rung's directory: `optimizer.lr 0.001 -> 0.002`. Raises
+    ConfigError where nobody can say what that run was.
+    """
+    path = planned.directory / CONFIG
     try:
-        before = load_config(planned.directory / "config.resolved.yaml")
-    except ConfigError:
-        return []
+        before = load_config(path)
+    except ConfigError as error:
+        message = (
+            f"{planned.name} has been trained, and what it was cannot be read: {error.problems[0].message}"
+        )
+        remedy = f"restore that file, or remove {planned.directory} to train the rung again"
+        raise ConfigError([Problem("", message, remedy, error.problems[0].where or str(path))]) from error
     old, new = (_flat(config.model_dump(mode="json")) for config in (before, planned.config))
     return [
         f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)

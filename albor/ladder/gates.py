@@ -414,6 +414,12 @@ def export(code: int, found: Row | None, words: str = "") -> Result:
     threshold = "tokens, logits, greedy text and the stop are the run's"
     checked = (found or {}).get("exports") or [None]
     gate = checked[0]["gate"] if checked[0] else None
+    step, last = (found or {}).get("step"), (found or {}).get("planned_steps")
+    if gate is not None and step != last:
+        measured = (
+            f"the export is of step {step}, and the run ended at {last}: its last checkpoint is damaged"
+        )
+        return _judge("export", False, measured, threshold, 1, 0)
     if gate is None or code not in (0, 1):
         return _judge("export", False, f"ended with {code}: {words or 'no word'}", threshold, 1, 0)
     if gate["passed"] is None:

@@ -430,8 +430,16 @@ def test_a_number_that_no_run_writes_is_a_damaged_line_for_every_reader(runs: Pa
     assert all(huge in line for line in damaged)
     log.write_text("\n".join([lines[0], *damaged, *lines[1:]]) + "\n")
     assert [problem.split(":")[1] for problem in open_run(runs / "one").metrics().problems] == ["2", "3"]
-    for command in (("runs", "show", runs / "one"), ("monitor", runs / "one", "--json")):
+    (runs / "one" / "eval").mkdir(exist_ok=True)
+    (runs / "one" / "eval" / "final.json").write_text(f'{{"val/loss": {huge}, "val/perplexity": {huge}}}')
+    for command in (
+        ("runs", "show", runs / "one"),
+        ("monitor", runs / "one", "--json"),
+        ("report", runs / "one", "--out", runs / "one.html"),
+    ):
         assert call(*command).code == 0
+    found = json.loads(call("monitor", runs / "one", "--json").out)["problems"]
+    assert "one: 2 damaged lines in its logs, left out; albor runs show says where" in " ".join(found)
 
 
 def test_a_run_is_not_compared_with_itself(runs: Path):

@@ -310,6 +310,12 @@ def test_a_run_that_is_over_is_written_anew(config: Path, monkeypatch: pytest.Mo
     assert_same(found.series, truth(run))
     assert list(found.samples) == [4, 5]
     assert call("track", run, "--to", "tensorboad").code == 2
+    with open(run / "config.resolved.yaml", "a") as file:  # of another albor
+        file.write("something: 1\n")
+    result = call("track", run, "--to", "tensorboard")
+    assert result.code == 0
+    assert "something: unknown to this albor; it is left out" in result.out
+    assert call("track", run, "--to", "tensorboard", "track.projekt=a").code == 2
     assert call("track", config.parent, "--to", "tensorboard").code == 2
 
 

@@ -135,7 +135,8 @@ class Attachment:
         problems = list(run.problems) if begun else []
         if self._bad_lines:
             lines = "line" if self._bad_lines == 1 else "lines"
-            problems.append(f"{self.directory}: {self._bad_lines} damaged {lines} in its logs, left out")
+            found = f"{self._bad_lines} damaged {lines} in its logs, left out"
+            problems.append(f"{self.directory}: {found}; albor runs show says where")
         written = _modified(self.directory / METRICS)
         return Subject(
             directory=self.directory,

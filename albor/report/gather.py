@@ -287,7 +287,7 @@ def _median(metrics: Metrics, name: str) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e308:
         return None
     return float(value)
 

@@ -23,8 +23,8 @@ def count(value: Any) -> str:
 
 
 def figure(value: Any, digits: int = 4) -> str:
-    """A number with so many decimals; empty for anything else."""
-    return f"{value:,.{digits}f}" if type(value) in (int, float) else ""
+    """A number with so many decimals; empty for anything else, and for an integer that is no float."""
+    return f"{value:,.{digits}f}" if type(value) in (int, float) and abs(value) < 1e308 else ""
 
 
 def amount(value: int | None) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from albor.configfile import load_config
+from albor.config import RunConfig
+from albor.configfile import dump_config, load_config
 from albor.errors import AlborError, ConfigError, Problem
 from albor.progress import signals_unwind
-from albor.runs.record import CONFIG, open_run
+from albor.runs.record import CONFIG, Run, open_run
 from albor.runs.state import State, state_of
 from albor.trackers.feed import Feed, send_run
 from albor.trackers.installed import missing
@@ -34,7 +36,7 @@ def run_track(
     """
     run = open_run(path)
     chosen = list(dict.fromkeys(name.strip() for given in trackers for name in given.split(",")))
-    config = load_config(run.directory / CONFIG, [*overrides, f"track.to={json.dumps(chosen)}"])
+    config = _configuration(run, [*overrides, f"track.to={json.dumps(chosen)}"], say)
     if problems := [
         Problem("--to", problem.message, problem.remedy, "command line")
         for problem in missing(chosen, "--to")
@@ -64,3 +66,26 @@ def run_track(
     if as_json:
         print(json.dumps({"run": str(run.directory), "trackers": results}))
     return 1 if any(result["problem"] for result in results.values()) else 0
+
+
+def _configuration(run: Run, overrides: Sequence[str], say: Callable[[str], None]) -> RunConfig:
+    """The run's, with `overrides`. Of a run of another albor, the keys that this one knows too, and the
+    others are said; raises ConfigError where that is none.
+    """
+    path = run.directory / CONFIG
+    try:
+        return load_config(path, overrides)
+    except ConfigError:
+        try:
+            load_config(path)
+        except ConfigError:
+            if run.config is None:
+                raise
+        else:
+            raise  # an override is wrong
+    for problem in run.problems:
+        say(problem)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as known:
+        known.write(dump_config(run.config))
+        known.flush()
+        return load_config(Path(known.name), overrides)

@@ -446,6 +446,15 @@ def test_a_directory_that_cannot_be_locked_is_said(
     assert (result.code, "runs/steps cannot be locked (No locks available)" in result.out) == (0, True)
 
 
+@pytest.mark.parametrize(("file", "owner"), [("config.resolved.yaml", "a run"), ("sweep.json", "a sweep")])
+def test_a_directory_of_something_else_is_left_alone(ladder: Path, commands: Commands, file: str, owner: str):
+    STATE.parent.mkdir(parents=True)
+    (STATE.parent / file).write_text("")
+    result = up(ladder)
+    assert (result.code, f"runs/steps is {owner}'s directory" in result.err) == (1, True)
+    assert [path.name for path in STATE.parent.iterdir()] == [file]
+
+
 def test_a_second_ladder_waits(ladder: Path, commands: Commands):
     STATE.parent.mkdir(parents=True)
     held = lock_file(STATE.parent / ".lock")

@@ -92,6 +92,12 @@ def test_what_is_wrong_in_a_rungs_own_file_is_said_on_its_line(ladder: Path):
     assert line.startswith("tiny.yaml:10: model.vocab_size: 'many' is not a number")
 
 
+def test_a_rung_is_not_called_as_a_file_of_the_ladders(ladder: Path):
+    ladder.write_text(LADDER.replace("name: two", "name: ladder.json"))
+    (found,) = messages(ladder)
+    assert "rungs[1].name: ladder.json is a file of the ladder's own" in found
+
+
 def test_no_rungs(ladder: Path):
     ladder.write_text("name: steps\nrungs: []\n")
     assert messages(ladder) == ["ladder.yaml:2: rungs: has 0 items, where at least 1 must be"]

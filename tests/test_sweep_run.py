@@ -237,6 +237,15 @@ def test_two_commands_do_not_share_a_sweep(project, fake):
     assert call("sweep", path).code == 0
 
 
+def test_the_directory_of_something_else_is_left_alone(project, fake):
+    path = write(project, "method: grid\nkeys: {seed: {values: [1]}}")
+    (project / "runs/s").mkdir(parents=True)
+    (project / "runs/s/ladder.json").write_text("{}")
+    result = call("sweep", path)
+    assert (result.code, "runs/s is a ladder's directory" in result.err) == (1, True)
+    assert os.listdir(project / "runs/s") == ["ladder.json"]
+
+
 def test_a_dry_run_writes_nothing(project, fake):
     keys = "{model.hidden_size: {values: [32, 33, 64]}}"
     path = write(project, f"method: grid\nkeys: {keys}")

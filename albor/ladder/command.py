@@ -17,8 +17,9 @@ from albor.ladder.climb import Climb
 from albor.ladder.dry_run import plan_ladder, print_plan
 from albor.ladder.file import LadderFile, load_ladder
 from albor.ladder.report import as_json, markdown, print_report, report_path
-from albor.ladder.state import State
+from albor.ladder.state import STATE, State
 from albor.runs.owner import LOCK
+from albor.runs.record import occupied_by
 from albor.train.signals import StopRequest
 
 
@@ -68,7 +69,9 @@ def _write_report(file: LadderFile, text: str) -> None:
 
 @contextmanager
 def _claimed(directory: Path, console: Console) -> Iterator[None]:
-    """Keeps a second ladder out of the directory."""
+    """Keeps a second ladder out of the directory, and this one out of what is not a ladder's."""
+    if (other := occupied_by(directory, STATE)) is not None:
+        raise AlborError(f"{directory} is {other}'s directory; choose another name for the ladder")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         claimed = lock_file(directory / LOCK)

@@ -29,6 +29,7 @@ from albor.yamlcore import Document, KeyPath, dotted
 
 NotNegative = Annotated[float, Field(ge=0)]
 _HORIZON = ("train.max_steps", "train.max_tokens")
+_TAKEN = ("ladder.json", "ladder.md")  # beside the rungs' directories
 _OURS = ("name", "runs_dir")  # of a rung's run: the ladder's to set
 
 
@@ -354,6 +355,10 @@ def _check_names(document: Document, rungs: Sequence[tuple[int, Rung]]) -> None:
             message = f"{rung.name} is the name of another rung, on line {first}"
             document.refuse(("rungs", index, "name"), message, "each rung has its own directory; rename one")
         seen.setdefault(rung.name, index)
+        if rung.name in _TAKEN:
+            document.refuse(
+                ("rungs", index, "name"), f"{rung.name} is a file of the ladder's own", "rename it"
+            )
 
 
 def _budget(tokens: int, place: KeyPath) -> tuple[Override, ...]:

@@ -191,6 +191,16 @@ def is_run(directory: Path) -> bool:
         return False
 
 
+def occupied_by(directory: Path, own: str) -> str | None:
+    """What else has been at work in a directory that a group with the state file `own` wants: `a run`, `a
+    sweep`; None where nothing has.
+    """
+    if any(os.path.lexists(directory / mark) for mark in _MARKS):
+        return "a run"
+    others = (kind for name, kind in GROUPS.items() if name != own and os.path.lexists(directory / name))
+    return next((f"a {kind}" for kind in others), None)
+
+
 def began(directory: Path) -> str:
     """When the run first began, in ISO 8601 (UTC); empty where nothing tells."""
     try:

@@ -23,10 +23,10 @@ from albor.errors import AlborError, ConfigError, Diverged, DoesNotFit, Interrup
 from albor.filelock import lock_file
 from albor.memory.devices import this_machine
 from albor.memory.estimate import Estimate
-from albor.runs.record import open_run
+from albor.runs.record import occupied_by, open_run
 from albor.sweep.file import SweepFile
 from albor.sweep.halving import Round, promoted, rounds_of, saved_at, shared_steps
-from albor.sweep.record import FAULT_OF_VALUES, Outcome, Record, State, Trial, open_record
+from albor.sweep.record import FAULT_OF_VALUES, FILE, Outcome, Record, State, Trial, open_record
 from albor.sweep.suggest import Result, suggest, trial_count
 from albor.train.signals import StopRequest
 from albor.units import format_bytes
@@ -242,6 +242,8 @@ def read_metric(directory: Path, name: str) -> float | None:
 def open_sweep(file: SweepFile, say: Callable[[str], None]) -> Iterator[Record]:
     """The sweep's record, with its directory made and kept from other commands."""
     directory = file.sweep.directory
+    if (other := occupied_by(directory, FILE)) is not None:
+        raise AlborError(f"{directory} is {other}'s directory; choose another name for the sweep")
     try:
         make_directory(directory)
         locked = lock_file(directory / LOCK)

@@ -17,7 +17,7 @@ quickstart: .venv/installed
 	$(BIN)/albor train configs/quickstart.yaml
 
 test: .venv/installed-dev browser
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

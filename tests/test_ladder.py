@@ -15,10 +15,11 @@ import pytest
 from ladder_cases import CANARY, EXPORT, LADDER, Commands, final_of, logged, run_of
 from run_cases import Result, call
 
+from albor import group_directory
 from albor.config import RunConfig
 from albor.export import hf
 from albor.filelock import lock_file
-from albor.ladder import climb, command, gates, readback
+from albor.ladder import climb, gates, readback
 from albor.ladder.file import CanaryGate
 from albor.ladder.gates import RunLog
 from albor.ladder.readback import read_back
@@ -441,7 +442,7 @@ def test_a_directory_that_cannot_be_locked_is_said(
     ladder: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ):
     unlocked = (os.open(ladder, os.O_RDONLY), "No locks available")
-    monkeypatch.setattr(command, "lock_file", lambda path: unlocked)
+    monkeypatch.setattr(group_directory, "lock_file", lambda path: unlocked)
     result = up(ladder)
     assert (result.code, "runs/steps cannot be locked (No locks available)" in result.out) == (0, True)
 

@@ -21,7 +21,7 @@ ROWS = (
         "durable", "runlog", "build", "parent", "child_process", "filelock", "signals", "kernels",
     ),
     ("yamlcore", "config", "configfile", "overrides", "architecture", "metric_names", "floor", "gguffile"),
-    ("runs",),
+    ("runs", "group_directory"),
     ("trackers",),
     (
         "memory.__init__", "memory.packing", "memory.attention", "memory.attention_bytes", "memory.plan",

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from albor import durable
 from albor.errors import AlborError, ConfigError, DoesNotFit
-from albor.filelock import lock_file
+from albor.group_directory import claim_group
 from albor.ladder.climb import Climb
 from albor.ladder.dry_run import plan_ladder, print_plan
 from albor.ladder.file import LadderFile, load_ladder
 from albor.ladder.report import as_json, markdown, print_report, report_path
 from albor.ladder.state import STATE, State
 from albor.runs.owner import LOCK
-from albor.runs.record import occupied_by
 from albor.train.signals import StopRequest
 
 
@@ -39,7 +35,11 @@ def run_ladder(path: Path, start: str | None, console: Console, *, print_json: b
     """
     file = load_ladder(path)
     ended: AlborError | None = None
-    with _claimed(file.ladder.directory, console), StopRequest() as stop:
+
+    def say(line: str) -> None:
+        console.out(line, highlight=False)
+
+    with claim_group(file.ladder.directory, STATE, LOCK, say), StopRequest() as stop:
         stop.defer()
         state = State.open(file.ladder.directory, file.ladder.name)
         climb = Climb(file, state, console, stop)
@@ -65,27 +65,3 @@ def _write_report(file: LadderFile, text: str) -> None:
         durable.replace_file(path, text.encode())
     except OSError as error:
         raise AlborError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _claimed(directory: Path, console: Console) -> Iterator[None]:
-    """Keeps a second ladder out of the directory, and this one out of what is not a ladder's."""
-    if (other := occupied_by(directory, STATE)) is not None:
-        raise AlborError(f"{directory} is {other}'s directory; choose another name for the ladder")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        claimed = lock_file(directory / LOCK)
-    except OSError as error:
-        raise AlborError(f"runs_dir: {directory} cannot be used: {error.strerror}") from error
-    if claimed is None:
-        raise AlborError(
-            f"another albor ladder is at work in {directory}; wait for it, or choose another name"
-        )
-    handle, refusal = claimed
-    if refusal:
-        warning = f"{directory} cannot be locked ({refusal}); see to it that no other ladder works in it"
-        console.out(warning, highlight=False)
-    try:
-        yield
-    finally:
-        os.close(handle)

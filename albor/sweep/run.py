@@ -18,12 +18,11 @@ from typing import Any
 
 from albor.child_process import Child, wait_for_one
 from albor.config import RunConfig
-from albor.durable import make_directory
-from albor.errors import AlborError, ConfigError, Diverged, DoesNotFit, Interrupted, Problem
-from albor.filelock import lock_file
+from albor.errors import ConfigError, Diverged, DoesNotFit, Interrupted, Problem
+from albor.group_directory import claim_group
 from albor.memory.devices import this_machine
 from albor.memory.estimate import Estimate
-from albor.runs.record import occupied_by, open_run
+from albor.runs.record import open_run
 from albor.sweep.file import SweepFile
 from albor.sweep.halving import Round, promoted, rounds_of, saved_at, shared_steps
 from albor.sweep.record import FAULT_OF_VALUES, FILE, Outcome, Record, State, Trial, open_record
@@ -241,25 +240,8 @@ def read_metric(directory: Path, name: str) -> float | None:
 @contextmanager
 def open_sweep(file: SweepFile, say: Callable[[str], None]) -> Iterator[Record]:
     """The sweep's record, with its directory made and kept from other commands."""
-    directory = file.sweep.directory
-    if (other := occupied_by(directory, FILE)) is not None:
-        raise AlborError(f"{directory} is {other}'s directory; choose another name for the sweep")
-    try:
-        make_directory(directory)
-        locked = lock_file(directory / LOCK)
-    except OSError as error:
-        raise AlborError(f"runs_dir: {directory} cannot be used: {error.strerror}") from error
-    if locked is None:
-        raise AlborError(
-            f"another albor sweep is at work in {directory}; wait for it, or choose another name"
-        )
-    handle, refusal = locked
-    if refusal:
-        say(f"{directory} cannot be locked ({refusal}); see to it that no other sweep works in it")
-    try:
+    with claim_group(file.sweep.directory, FILE, LOCK, say):
         yield open_record(file)
-    finally:
-        os.close(handle)
 
 
 def check_parallel(file: SweepFile, trials: Sequence[Trial]) -> None:
